@@ -1,0 +1,35 @@
+"""The quickstart: all of DeepSeek-V3's machinery at a size for a laptop, on 8 simulated devices.
+
+Latent attention, 16 routed experts in 4 groups of which a token sees 2, one shared expert, the routing bias,
+multi-token prediction. 1,648,112 parameters and 499,424 of MTP; bytes as tokens, the interpreter's own standard
+library as text.
+
+    dsjax train --config configs/tiny.py --devices 8 --workdir runs/tiny
+
+Without --devices it runs on what there is, if that is a multiple of 4; on one device add --config.mesh.expert=1.
+"""
+
+from dsjax.config import base_config
+
+
+def get_config():
+    config = base_config()
+
+    # The architecture is the base's; here only what makes the routing DeepSeek-V3's.
+    config.model.update(n_group=4, topk_group=2, routed_scaling_factor=2.5)
+    config.model.initializer_range = 0.02  # V3's 0.006 is for layers 56 times as wide
+
+    config.mesh.expert = 4  # a group on each rank; mesh.data takes the rest
+
+    config.optimizer.update(
+        learning_rate=3e-3,
+        warmup_tokens=20 * 32 * 256,
+        decay_learning_rate=3e-4,
+    )
+    config.training.update(total_steps=300, batch_size=32)
+    config.training.bias_update_speed = 0.02  # V3's 0.001 has 227,800 steps to balance the experts, this has 300
+    config.evaluation.update(every_steps=100, sequences=64)
+
+    config.precision = "fp32"  # CPUs are slow in BF16
+    config.hardware.price_per_chip_hour = 0.08  # a small cloud machine; on a CPU the whole machine is the chip
+    return config

@@ -1,0 +1,248 @@
+"""What makes a configuration impossible, told in sentences; everything that can be known without devices.
+
+The sentences start with the field and end with what to do. `dsjax.config.check` raises the first one.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dsjax.sections import did_you_mean
+
+if TYPE_CHECKING:
+    from dsjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+# A field may be None where its type says so; then the rule does not apply.
+POSITIVE = """
+    model.vocab_size model.hidden_size model.num_hidden_layers model.intermediate_size model.moe_intermediate_size
+    model.n_routed_experts model.n_shared_experts model.num_experts_per_tok model.n_group model.topk_group
+    model.routed_scaling_factor model.num_attention_heads model.q_lora_rank model.kv_lora_rank
+    model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.rope_theta
+    model.max_position_embeddings model.rms_norm_eps model.initializer_range
+    model.rope_scaling.original_max_position_embeddings model.rope_scaling.beta_fast model.rope_scaling.beta_slow
+    model.rope_scaling.mscale model.rope_scaling.mscale_all_dim
+    mesh.fsdp mesh.expert dispatch.capacity_factor data.sequence_length
+    optimizer.learning_rate optimizer.eps optimizer.clip_norm
+    training.total_steps training.batch_size training.microbatch_size training.initial_batch_size
+    training.loss_chunk_size checkpoint.every_steps checkpoint.keep_last
+    evaluation.every_steps evaluation.sequences monitor.expert_load_every_steps
+    hardware.peak_flops_per_second
+""".split()
+
+NOT_NEGATIVE = """
+    model.first_k_dense_replace model.aux_loss_alpha
+    optimizer.warmup_tokens optimizer.constant_tokens optimizer.decay_tokens optimizer.decay_learning_rate
+    optimizer.hold_tokens optimizer.final_learning_rate optimizer.weight_decay
+    training.seed training.batch_ramp_tokens training.mtp_loss_weight training.mtp_loss_weight_final
+    training.mtp_switch_tokens training.bias_update_speed training.bias_update_tokens
+    hardware.price_per_chip_hour
+""".split()
+
+CHOICES = {
+    "precision": ("fp32", "bf16"),
+    "model.topk_method": ("noaux_tc", "greedy", "group_limited_greedy"),
+    "model.scoring_func": ("sigmoid", "softmax"),
+    "model.rope_scaling.type": ("yarn",),
+    "dispatch.form": ("auto", "local", "all_gather"),
+    "optimizer.moment_dtype": ("bfloat16", "float32"),
+    "training.remat": ("none", "deepseek", "full"),
+}
+
+SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME")
+
+
+def problems(config: "Config") -> Iterator[str]:
+    """Every reason why `config` cannot be trained, lazily: the relations between fields rely on sound single fields."""
+    yield from _single_fields(config)
+    yield from _routing(config.model)
+    yield from _positions(config)
+    yield from _mesh(config)
+    yield from _batches(config.mesh, config.training)
+    yield from _data(config)
+    yield from _optimizer(config.optimizer)
+    yield from _phases(config.training)
+
+
+def _value(config: "Config", path: str) -> Any:
+    """The value at a dotted path, None below a section that is None."""
+    value: Any = config
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def _single_fields(config: "Config") -> Iterator[str]:
+    for path in POSITIVE:
+        value = _value(config, path)
+        if value is not None and value <= 0:
+            yield f"{path} is {value}, but must be above 0"
+    for path in NOT_NEGATIVE:
+        value = _value(config, path)
+        if value is not None and value < 0:
+            yield f"{path} is {value}, but must not be negative"
+    for path, names in CHOICES.items():
+        value = _value(config, path)
+        if value is not None and value not in names:
+            yield f'unknown {path} "{value}"{did_you_mean(value, names)}'
+    if not 0 <= config.data.fim_rate <= 1:
+        yield f"data.fim_rate is {config.data.fim_rate}, but is a share of documents, from 0 to 1"
+    if not 0 < config.data.validation_fraction < 1:
+        yield f"data.validation_fraction is {config.data.validation_fraction}, but must lie between 0 and 1"
+    if config.model.num_nextn_predict_layers not in (0, 1):
+        yield f"model.num_nextn_predict_layers is {config.model.num_nextn_predict_layers}, but must be 0 or 1"
+    if config.mesh.data < 1 and config.mesh.data != -1:
+        yield f"mesh.data is {config.mesh.data}, but must be above 0, or -1 for what the other axes leave"
+
+
+def _routing(model: "ModelConfig") -> Iterator[str]:
+    experts, groups, chosen = model.n_routed_experts, model.n_group, model.num_experts_per_tok
+    if model.first_k_dense_replace > model.num_hidden_layers:
+        yield (
+            f"model.first_k_dense_replace is {model.first_k_dense_replace}, but there are only "
+            f"{model.num_hidden_layers} layers (model.num_hidden_layers)"
+        )
+    if chosen > experts:
+        yield (
+            f"model.num_experts_per_tok is {chosen}, but there are only {experts} experts to choose from "
+            "(model.n_routed_experts)"
+        )
+    if experts % groups:
+        yield f"model.n_routed_experts = {experts} does not divide into model.n_group = {groups} groups"
+        return
+    if model.topk_group > groups:
+        yield f"model.topk_group is {model.topk_group}, but there are only {groups} groups (model.n_group)"
+    if groups > 1 and model.topk_method == "greedy":
+        yield (
+            f'model.topk_method "greedy" knows no groups, but model.n_group is {groups}; '
+            'set it to 1 or choose "group_limited_greedy"'
+        )
+    kept = model.topk_group * experts // groups
+    if chosen > kept:
+        yield (
+            f"model.num_experts_per_tok is {chosen}, but the model.topk_group = {model.topk_group} kept groups "
+            f"hold only {kept} experts"
+        )
+    if groups > 1 and experts // groups < 2 and model.topk_method == "noaux_tc":
+        yield (
+            f'model.topk_method "noaux_tc" scores a group by its two best experts, but {experts} experts in '
+            f"{groups} groups leave one each; lower model.n_group"
+        )
+
+
+def _positions(config: "Config") -> Iterator[str]:
+    model, scaling = config.model, config.model.rope_scaling
+    if model.qk_rope_head_dim % 2:
+        yield f"model.qk_rope_head_dim is {model.qk_rope_head_dim}, but rotary dimensions come in pairs: make it even"
+    if config.data.sequence_length > model.max_position_embeddings:
+        yield (
+            f"data.sequence_length is {config.data.sequence_length}, but the model ends at "
+            f"model.max_position_embeddings = {model.max_position_embeddings}"
+        )
+    if scaling is None:
+        return
+    if scaling.factor < 1:
+        yield f"model.rope_scaling.factor is {scaling.factor}, but YaRN stretches: it must be at least 1"
+    if scaling.beta_fast < scaling.beta_slow:
+        yield (
+            f"model.rope_scaling.beta_fast = {scaling.beta_fast} is below beta_slow = {scaling.beta_slow}; "
+            "the fast end has more rotations"
+        )
+    if model.max_position_embeddings > scaling.factor * scaling.original_max_position_embeddings:
+        yield (
+            f"model.max_position_embeddings is {model.max_position_embeddings}, but YaRN reaches only "
+            f"{scaling.factor:g} x {scaling.original_max_position_embeddings} positions; raise its factor"
+        )
+
+
+def _mesh(config: "Config") -> Iterator[str]:
+    model, mesh = config.model, config.mesh
+    has_experts = model.num_moe_layers > 0 or model.num_nextn_predict_layers > 0
+    if has_experts and model.n_routed_experts % mesh.expert:
+        yield f"model.n_routed_experts = {model.n_routed_experts} cannot be divided over mesh.expert = {mesh.expert}"
+    shards = mesh.fsdp * mesh.expert
+    for name in ("hidden_size", "q_lora_rank", "kv_lora_rank"):
+        size = getattr(model, name)
+        if size is not None and size % shards:
+            yield (
+                f"model.{name} = {size} cannot be divided over mesh.fsdp x mesh.expert = {shards}; "
+                "make them smaller and mesh.data larger"
+            )
+    if config.dispatch.form == "local" and mesh.expert > 1:
+        yield (
+            f'dispatch.form "local" moves no tokens, but mesh.expert = {mesh.expert} spreads the experts; '
+            'use "all_gather" or "auto"'
+        )
+    if config.evaluation.sequences % _known_devices(mesh):
+        yield (
+            f"evaluation.sequences = {config.evaluation.sequences} cannot be divided over {_axes(mesh)} = "
+            f"{_known_devices(mesh)} devices"
+        )
+
+
+def _known_devices(mesh: "MeshConfig") -> int:
+    """The devices that a batch is divided over; a factor of them while mesh.data is still open."""
+    return max(mesh.data, 1) * mesh.fsdp * mesh.expert
+
+
+def _axes(mesh: "MeshConfig") -> str:
+    return "mesh.fsdp x mesh.expert" if mesh.data == -1 else "mesh.data x mesh.fsdp x mesh.expert"
+
+
+def _batches(mesh: "MeshConfig", training: "TrainingConfig") -> Iterator[str]:
+    micro, name = training.microbatch_size, "training.microbatch_size"
+    if micro is None:
+        micro, name = training.batch_size, "training.batch_size"
+    devices = _known_devices(mesh)
+    if micro % devices:
+        yield f"{name} = {micro} sequences cannot be divided over {_axes(mesh)} = {devices} devices"
+    if training.batch_size % micro:
+        yield f"training.batch_size = {training.batch_size} is not a multiple of training.microbatch_size = {micro}"
+    start = training.initial_batch_size
+    if (start is None) != (training.batch_ramp_tokens == 0):
+        yield "a batch ramp needs both training.initial_batch_size and training.batch_ramp_tokens: set both or neither"
+    if start is not None and start > training.batch_size:
+        yield f"training.initial_batch_size = {start} is above training.batch_size = {training.batch_size}"
+    if start is not None and start % micro:
+        yield f"training.initial_batch_size = {start} is not a multiple of {name} = {micro}; set a smaller microbatch"
+
+
+def _data(config: "Config") -> Iterator[str]:
+    data = config.data
+    if not data.sources:
+        yield f"data.sources is empty; name at least one of {', '.join(SOURCES)}"
+    for source in data.sources:
+        kind, colon, rest = source.partition(":")
+        if source != "python_stdlib" and not (kind in ("text_files", "tfds") and colon and rest):
+            yield f'unknown source "{source}" in data.sources{did_you_mean(source, SOURCES)}'
+    if data.weights is not None:
+        if len(data.weights) != len(data.sources):
+            yield f"data.weights has {len(data.weights)} numbers for {len(data.sources)} data.sources; give one each"
+        if min(data.weights, default=1) <= 0:
+            yield f"data.weights holds {min(data.weights)}, but every weight must be above 0; leave the source out"
+    if data.tokenizer not in ("bytes", "deepseek") and not data.tokenizer.endswith(".json"):
+        yield f'unknown data.tokenizer "{data.tokenizer}"; valid are bytes, deepseek, or a path to a tokenizer.json'
+
+
+def _optimizer(optimizer: "OptimizerConfig") -> Iterator[str]:
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"optimizer.{name} is {getattr(optimizer, name)}, but must be at least 0 and below 1"
+    # Each update keeps 1 - b2 of the new square; above 0.99 BF16 rounds the change away and v stays too high.
+    if optimizer.moment_dtype == "bfloat16" and optimizer.b2 > 0.99:
+        yield (
+            f"optimizer.b2 = {optimizer.b2} moves v by less than BF16 can hold; lower it to 0.99 or less, "
+            'or set optimizer.moment_dtype to "float32"'
+        )
+    if optimizer.hold_tokens is not None and optimizer.decay_tokens is None:
+        yield "optimizer.hold_tokens follows the decay, which has no end; set optimizer.decay_tokens too"
+    if optimizer.final_learning_rate is not None and optimizer.hold_tokens is None:
+        yield "optimizer.final_learning_rate follows the hold, which has no end; set optimizer.hold_tokens too"
+
+
+def _phases(training: "TrainingConfig") -> Iterator[str]:
+    if (training.mtp_loss_weight_final is None) != (training.mtp_switch_tokens is None):
+        yield (
+            "a second MTP weight needs both training.mtp_loss_weight_final and training.mtp_switch_tokens: "
+            "set both or neither"
+        )
+    if training.seed >= 2**32:
+        yield f"training.seed is {training.seed}, but must be below {2**32}"
