@@ -1,0 +1,89 @@
+"""Rows sorted by expert times one weight per expert: both forms equal a loop over the groups."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import FP32, assert_trees_close
+
+from dsjax.numerics import grouped_matmul as forms
+from dsjax.numerics.grouped_matmul import ROW_BLOCK, grouped_matmul, row_block
+from dsjax.numerics.linear import recipe
+
+BLOCK, ROWS, GROUPS, D, F = 8, 64, 4, 12, 20
+SIZES = {
+    "even": [16, 16, 16, 16],
+    "empty groups": [0, 40, 0, 24],
+    "first and last empty": [0, 16, 16, 0],
+    "one group with everything": [0, 0, 64, 0],
+    "fewer rows than the buffer": [8, 0, 16, 8],
+    "nothing at all": [0, 0, 0, 0],
+}
+
+
+def operands():
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.standard_normal(s).astype(np.float32) for s in ((ROWS, D), (GROUPS, D, F), (ROWS, F)))
+    return x, w, dy
+
+
+def by_loop(x, w, dy, sizes):
+    """(y, dx, dw), group by group in FP64."""
+    y, dx, dw = np.zeros((ROWS, F)), np.zeros((ROWS, D)), np.zeros((GROUPS, D, F))
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[e] = x[rows] @ w[e], dy[rows] @ w[e].T, x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+@jax.jit
+def platform_form(x, w, dy, sizes):
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, BLOCK, FP32), x, w)
+    return y, *pull(dy)
+
+
+@jax.jit
+def ragged_form(x, w, dy, sizes):
+    times = partial(forms._ragged_times_weights, recipe=FP32)
+    y, dx = times(x, w, sizes, transposed=False), times(dy, w, sizes, transposed=True)
+    return y, dx, forms._ragged_weight_gradient(x, dy, sizes, recipe=FP32)
+
+
+@pytest.mark.parametrize("form", [platform_form, ragged_form], ids=["cpu", "ragged"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_both_gradients_equal_a_loop(form, sizes):
+    x, w, dy = operands()
+    expected = by_loop(x, w, dy, sizes)
+    assert_trees_close(form(x, w, dy, jnp.array(sizes, jnp.int32)), expected, 2e-6)
+
+
+def test_rows_past_the_groups_are_zero():
+    x, w, dy = operands()
+    y, dx, _ = platform_form(x, w, dy, jnp.array([8, 0, 16, 8], jnp.int32))
+    assert np.all(y[32:] == 0) and np.all(dx[32:] == 0)
+    assert np.all(np.any(y[:32] != 0, axis=1))
+
+
+def test_bf16_gives_bf16_rows_and_fp32_weight_gradients():
+    x, w, dy = operands()
+    how, sizes = recipe("bf16"), jnp.array([16, 16, 16, 16], jnp.int32)
+    half = jnp.asarray(x, jnp.bfloat16)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, BLOCK, how), half, jnp.asarray(w))
+    dx, dw = pull(jnp.asarray(dy, jnp.bfloat16))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]
+    for ours, expected, tolerance in zip((y, dx, dw), by_loop(*rounded, sizes), (2**-8, 2**-8, 1e-6), strict=True):
+        assert_trees_close(ours, expected, tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 1_000, 10_000, 1_000_000])
+@pytest.mark.parametrize("groups", [1, 4, 64, 256])
+def test_row_block_is_a_power_of_two_that_wastes_little(rows, groups):
+    block = row_block(rows, groups)
+    assert block in (8, 16, 32, 64, 128) and block <= ROW_BLOCK
+    assert block == 8 or block * groups < 2 * rows
+    assert block == ROW_BLOCK or block * groups >= rows
