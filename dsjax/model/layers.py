@@ -1,0 +1,129 @@
+"""The plain parts: weights, Linear, RMSNorm, SwiGLU, embedding lookup, RoPE with YaRN."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+from dsjax.config import ModelConfig, RopeScaling
+from dsjax.numerics.linear import Recipe, linear
+from dsjax.sharding import BATCH, gather
+
+
+def weight(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], stddev: float) -> nnx.Param:
+    """One FP32 master weight drawn from N(0, stddev); the only place where its shape and axes are stated."""
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """x [..., D] @ weight [D, F]; no bias, as everywhere in DeepSeek's models."""
+
+    def __init__(self, shape: tuple[int, int], axes: tuple[str, str], stddev: float, recipe: Recipe, rngs: nnx.Rngs):
+        self.weight = weight(rngs, shape, axes, stddev)
+        self.recipe = recipe
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(x, self.weight[...], self.recipe)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in FP32; the result has the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((size,), jnp.float32), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale * self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, width: int, stddev: float, recipe: Recipe, rngs: nnx.Rngs):
+        self.gate_proj = Linear((hidden, width), ("embed", "mlp"), stddev, recipe, rngs)
+        self.up_proj = Linear((hidden, width), ("embed", "mlp"), stddev, recipe, rngs)
+        self.down_proj = Linear((width, hidden), ("mlp", "embed"), stddev, recipe, rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = checkpoint_name(self.gate_proj(x_BTD), "gate_up")
+        up_BTF = checkpoint_name(self.up_proj(x_BTD), "gate_up")
+        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, mesh: Mesh, recipe: Recipe) -> jax.Array:
+    """Rows of the table, [B, T, D] in the compute dtype.
+
+    The table is gathered and indexed inside `shard_map`: left to the partitioner, a table cut along features
+    would replicate the result over the whole mesh.
+    """
+
+    def local(shard_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        # Cast after indexing, so that the gradients of a token's occurrences add up in FP32.
+        whole_VD = gather(shard_VD, ("fsdp", "expert"), 1, mesh)
+        return whole_VD[tokens_BT].astype(recipe.dtype)
+
+    specs = (PartitionSpec(None, ("fsdp", "expert")), BATCH)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)(table_VD, tokens_BT)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature, 0.1 * mscale * ln(factor) + 1 [V3 §4.3]."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position of each of the qk_rope_head_dim / 2 pairs, FP32, with YaRN where configured."""
+    dim = config.qk_rope_head_dim
+    frequencies = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+
+    def pair_turning(rotations: float) -> float:
+        """The pair that makes so many turns within the original context."""
+        turns = math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations))
+        return dim * turns / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return (frequencies / scaling.factor * ramp + frequencies * (1 - ramp)).astype(np.float32)
+
+
+def rope_amplitude(scaling: RopeScaling | None) -> float:
+    """What Hugging Face multiplies cos and sin with; 1 whenever mscale equals mscale_all_dim."""
+    if scaling is None:
+        return 1.0
+    return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1 / sqrt(head size), times YaRN's squared temperature (on q and on k)."""
+    scale = config.qk_head_dim**-0.5
+    if config.rope_scaling is not None:
+        scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def rope_table(config: ModelConfig, length: int) -> jax.Array:
+    """cos and sin of every position's angles, [2, T, pairs] FP32."""
+    angles_TP = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(rope_frequencies(config))[None, :]
+    return rope_amplitude(config.rope_scaling) * jnp.stack([jnp.cos(angles_TP), jnp.sin(angles_TP)])
+
+
+def rotate(x_BTNH: jax.Array, rope_2TP: jax.Array) -> jax.Array:
+    """RoPE on interleaved pairs: (x[2i], x[2i+1]) is turned by the i-th angle, in FP32."""
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
+    cos, sin = rope_2TP[:, None, :, None, :]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

@@ -1,0 +1,105 @@
+"""Cross-entropy over the vocabulary without ever holding all logits."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from dsjax.numerics.linear import Recipe, product
+from dsjax.sharding import BATCH, gather
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    labels_BT: jax.Array,
+    weights_BT: jax.Array,
+    mesh: Mesh,
+    recipe: Recipe,
+    chunk: int,
+) -> jax.Array:
+    """The weighted sum over tokens of -log softmax(x @ head)[label], in nats, FP32.
+
+    Args:
+      x_BTD: normalised hidden states.
+      head_DV: FP32 output head.
+      labels_BT: int32.
+      weights_BT: FP32 weight of each token's loss.
+      mesh: each device takes its own sequences; inside shard_map, so that the head's gradient is reduced once.
+      recipe: how to multiply.
+      chunk: tokens whose logits exist at once, on each device.
+    """
+
+    def local(x_BTD, shard_DV, labels_BT, weights_BT):
+        head_DV = gather(shard_DV, ("fsdp", "expert"), 0, mesh)
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        total = _chunked(x_MD, head_DV, labels_BT.reshape(-1), weights_BT.reshape(-1), recipe, chunk)
+        return total[None]
+
+    specs = (BATCH, PartitionSpec(("fsdp", "expert")), BATCH, BATCH)
+    sums = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
+    return jnp.sum(sums(x_BTD, head_DV, labels_BT, weights_BT))
+
+
+def _chunks(tokens: int, chunk: int) -> tuple[int, int]:
+    """(number of chunks, their size): equal chunks of at most `chunk` tokens, the last padded."""
+    count = -(-tokens // chunk)
+    return count, -(-tokens // count)
+
+
+def _padded(a: jax.Array, count: int, size: int) -> jax.Array:
+    a = jnp.pad(a, [(0, count * size - len(a))] + [(0, 0)] * (a.ndim - 1))
+    return a.reshape(count, size, *a.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x_MD, head_DV, labels_M, weights_M, recipe: Recipe, chunk: int) -> jax.Array:
+    count, size = _chunks(len(x_MD), chunk)
+    chunks = tuple(_padded(a, count, size) for a in (x_MD, labels_M, weights_M))
+
+    def add(total, part):
+        x_CD, labels_C, weights_C = part
+        return total + _chunk_loss(head_DV, x_CD, labels_C, weights_C, recipe)[0], None
+
+    return lax.scan(add, jnp.float32(0), chunks)[0]
+
+
+def _chunk_loss(head_DV, x_CD, labels_C, weights_C, recipe: Recipe):
+    """(weighted loss, exponentials [C, V], their sums [C, 1])."""
+    logits_CV = product("cd,dv->cv", x_CD, head_DV, recipe, jnp.float32)
+    top_C1 = jnp.max(logits_CV, axis=-1, keepdims=True)
+    exp_CV = jnp.exp(logits_CV - top_C1)
+    sum_C1 = jnp.sum(exp_CV, axis=-1, keepdims=True)
+    label_C1 = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)
+    loss_C1 = top_C1 + jnp.log(sum_C1) - label_C1
+    return jnp.sum(loss_C1[:, 0] * weights_C), exp_CV, sum_C1
+
+
+def _chunked_fwd(x_MD, head_DV, labels_M, weights_M, recipe: Recipe, chunk: int):
+    # The gradients are taken here, while the logits exist: three products instead of four.
+    count, size = _chunks(len(x_MD), chunk)
+    chunks = tuple(_padded(a, count, size) for a in (x_MD, labels_M, weights_M))
+
+    def add(carry, part):
+        total, dhead_DV = carry
+        x_CD, labels_C, weights_C = part
+        loss, exp_CV, sum_C1 = _chunk_loss(head_DV, x_CD, labels_C, weights_C, recipe)
+        hit_CV = labels_C[:, None] == jnp.arange(head_DV.shape[1])[None]
+        dlogits_CV = (exp_CV / sum_C1 - hit_CV) * weights_C[:, None]
+        dx_CD = product("cv,dv->cd", dlogits_CV, head_DV, recipe, x_MD.dtype)
+        dhead_DV += product("cd,cv->dv", x_CD, dlogits_CV, recipe, jnp.float32)
+        return (total + loss, dhead_DV), dx_CD
+
+    start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
+    (total, dhead_DV), dx = lax.scan(add, start, chunks)
+    return total, (dx.reshape(-1, x_MD.shape[1])[: len(x_MD)], dhead_DV)
+
+
+def _chunked_bwd(recipe: Recipe, chunk: int, kept, dtotal: jax.Array):
+    dx_MD, dhead_DV = kept
+    return (dx_MD * dtotal).astype(dx_MD.dtype), dhead_DV * dtotal, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -1,0 +1,219 @@
+"""The mixture of experts: routed ones, reached by dispatch, and a shared one beside them [V3 §2.1.2]."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+from dsjax.config import DispatchConfig, ModelConfig
+from dsjax.model import dispatch as travel
+from dsjax.model.layers import SwiGLU, weight
+from dsjax.model.routing import Choice, route, sequence_balance_loss
+from dsjax.numerics.grouped_matmul import grouped_matmul
+from dsjax.numerics.linear import Recipe
+from dsjax.sharding import BATCH, gather
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the model is run, as opposed to what it computes: the result is the same for every choice."""
+
+    mesh: Mesh
+    recipe: Recipe
+    dispatch: DispatchConfig = DispatchConfig()
+    remat: str = "none"
+
+    @property
+    def dispatch_form(self) -> str:
+        """The dispatch form that runs: "auto" is "local" on one expert rank and "all_gather" on more."""
+        if self.dispatch.form != "auto":
+            return self.dispatch.form
+        return "local" if self.mesh.shape["expert"] == 1 else "all_gather"
+
+
+class RoutingStats(NamedTuple):
+    """What a MoE layer tells of a batch."""
+
+    load_E: jax.Array  # assignments to each expert over the whole batch, FP32
+    balance_loss: jax.Array  # mean over sequences, times aux_loss_alpha
+    dropped: jax.Array  # assignments that no expert computed; always 0, and counted rather than assumed
+    rounds: jax.Array  # rounds of the rank that needed most
+
+
+class RouterBias(nnx.Variable):
+    """The bias that only chooses: state, never seen by the optimizer."""
+
+
+class Gate(nnx.Module):
+    """Router weights [D, E] and, for "noaux_tc", the load-balancing bias."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        experts = config.n_routed_experts
+        self.weight = weight(rngs, (config.hidden_size, experts), ("embed", "router"), config.initializer_range)
+        biased = config.topk_method == "noaux_tc"
+        self.e_score_correction_bias = (
+            RouterBias(jnp.zeros((experts,), jnp.float32), axes=("router",)) if biased else None
+        )
+
+
+class Experts(nnx.Module):
+    """The weights of all routed experts."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        std = config.initializer_range
+        self.gate_proj = weight(rngs, (experts, hidden, width), ("expert", "embed", "mlp"), std)
+        self.up_proj = weight(rngs, (experts, hidden, width), ("expert", "embed", "mlp"), std)
+        self.down_proj = weight(rngs, (experts, width, hidden), ("expert", "mlp", "embed"), std)
+
+
+class ExpertWeights(NamedTuple):
+    """One entry for each matrix of the routed experts: the arrays, or their PartitionSpecs."""
+
+    gate_EDF: Any
+    up_EDF: Any
+    down_EFD: Any
+
+
+EXPERT_SPECS = ExpertWeights(
+    PartitionSpec("expert", "fsdp"), PartitionSpec("expert", "fsdp"), PartitionSpec("expert", None, "fsdp")
+)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus the shared expert; the shared one has weight 1 and is not scaled."""
+
+    def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs):
+        self.gate = Gate(config, rngs)
+        self.experts = Experts(config, rngs)
+        width, std = config.shared_intermediate_size, config.initializer_range
+        self.shared_experts = SwiGLU(config.hidden_size, width, std, execution.recipe, rngs) if width else None
+        self.config, self.execution = config, execution
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, RoutingStats]:
+        """[B, T, D] -> [B, T, D] and what the router did."""
+        experts, bias = self.experts, self.gate.e_score_correction_bias
+        weights = ExpertWeights(experts.gate_proj[...], experts.up_proj[...], experts.down_proj[...])
+        y_BTD, stats = routed_experts(
+            x_BTD, self.gate.weight[...], None if bias is None else bias[...], weights, self.config, self.execution
+        )
+        return y_BTD if self.shared_experts is None else y_BTD + self.shared_experts(x_BTD), stats
+
+
+def routed_experts(
+    x_BTD: jax.Array,
+    router_DE: jax.Array,
+    bias_E: jax.Array | None,
+    weights: ExpertWeights,
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[jax.Array, RoutingStats]:
+    """Routes every token and adds up its experts' outputs; one shard_map over the whole mesh."""
+
+    def local(x_BTD, router_DE, bias_E, weights):
+        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
+        choice = route(checkpoint_name(logits_BTE, "router"), bias_E, config)
+        y_MD, held, rounds = _exchange(x_BTD, choice, _gather_fsdp(weights, execution.mesh), execution)
+        experts_1 = jnp.arange(config.n_routed_experts)[None]
+        load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
+        dropped = jnp.sum(load_E) - held
+        balance = jnp.mean(sequence_balance_loss(choice.scores_BTE, config))
+        per_device = jax.tree.map(lambda s: s[None], (load_E, balance, dropped, rounds))
+        return y_MD.reshape(x_BTD.shape), per_device
+
+    bias_spec = None if bias_E is None else PartitionSpec()
+    y_BTD, (load_XE, balance_X, dropped_X, rounds_X) = jax.shard_map(
+        local,
+        mesh=execution.mesh,
+        in_specs=(BATCH, PartitionSpec(), bias_spec, EXPERT_SPECS),
+        out_specs=(BATCH, BATCH),
+        check_vma=False,
+    )(x_BTD, router_DE, bias_E, weights)
+    stats = RoutingStats(jnp.sum(load_XE, 0), jnp.mean(balance_X), jnp.sum(dropped_X), jnp.max(rounds_X))
+    return y_BTD, stats
+
+
+def _gather_fsdp(weights: ExpertWeights, mesh: Mesh) -> ExpertWeights:
+    """This rank's experts, whole. The backward pass of the gather is the reduce-scatter of their gradients."""
+    gate_EDF, up_EDF, down_EFD = weights
+    return ExpertWeights(
+        gather(gate_EDF, ("fsdp",), 1, mesh), gather(up_EDF, ("fsdp",), 1, mesh), gather(down_EFD, ("fsdp",), 2, mesh)
+    )
+
+
+def _exchange(
+    x_BTD: jax.Array, choice: Choice, weights: ExpertWeights, execution: Execution
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y [M, D], assignments computed for this device's tokens, rounds), by the dispatch form in force."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    experts_MK = choice.experts_BTK.reshape(len(x_MD), -1)
+    weights_MK = choice.weights_BTK.reshape(len(x_MD), -1)
+    recipe, capacity = execution.recipe, execution.dispatch.capacity_factor
+    if execution.dispatch_form == "local":
+        return _own_experts(x_MD, experts_MK, weights_MK, weights, 1, 0, recipe, capacity)
+    # all_gather: every rank of the expert axis sees all their tokens, computes its own experts, and the sums
+    # return by reduce-scatter. Cheaper than sending each token to its ranks while there are fewer ranks than K.
+    ranks = execution.mesh.shape["expert"]
+    x_MD, experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (x_MD, experts_MK, weights_MK))
+    rank = lax.axis_index("expert")
+    y_MD, held, rounds = _own_experts(x_MD, experts_MK, weights_MK, weights, ranks, rank, recipe, capacity)
+    y_MD = lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
+    return y_MD, lax.psum(held, "expert") / ranks, rounds
+
+
+def _own_experts(
+    x_MD: jax.Array,
+    experts_MK: jax.Array,
+    weights_MK: jax.Array,
+    weights: ExpertWeights,
+    ranks: int,
+    rank: jax.Array | int,
+    recipe: Recipe,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y [M, D] of the experts that this rank owns, assignments computed, rounds)."""
+    count = len(weights.gate_EDF)
+    tokens, choices = experts_MK.shape
+    buffer = travel.make_buffer(tokens, choices, count, ranks, capacity_factor)
+    by_expert = travel.sort_assignments(experts_MK, rank * count, count)
+
+    def one_round(operands, by_expert, r):
+        x_MD, weights_MK, weights = operands
+        layout = travel.lay_out(by_expert, buffer, r)
+        rows_CD = travel.dispatch(x_MD, layout)
+        weights_C = travel.dispatch_weights(weights_MK, layout)
+        return travel.combine(_feed_forward(rows_CD, weights_C, layout.sizes_E, weights, buffer, recipe), layout)
+
+    operands = (x_MD, weights_MK, weights)
+    if buffer.assignments >= tokens * min(choices, count):  # everything fits, whatever the routing
+        y_MD, rounds = one_round(operands, by_expert, 0), jnp.int32(1)
+    else:
+        rounds = travel.rounds_needed(by_expert, buffer)
+        y_MD = travel.in_rounds(one_round, operands, by_expert, rounds)
+    held = jnp.minimum(by_expert.starts_E[-1], rounds * buffer.assignments)
+    return y_MD, held.astype(jnp.float32), rounds.astype(jnp.float32)
+
+
+def _feed_forward(
+    rows_CD: jax.Array,
+    weights_C: jax.Array,
+    sizes_E: jax.Array,
+    weights: ExpertWeights,
+    buffer: travel.Buffer,
+    recipe: Recipe,
+) -> jax.Array:
+    """Each row through its expert's SwiGLU, scaled by its routing weight.
+
+    The weight is applied before the down projection, so that the backward pass needs neither its output nor
+    the combine again.
+    """
+    gate_CF = grouped_matmul(rows_CD, weights.gate_EDF, sizes_E, buffer.block, recipe)
+    up_CF = grouped_matmul(rows_CD, weights.up_EDF, sizes_E, buffer.block, recipe)
+    gate_CF, up_CF = checkpoint_name(gate_CF, "gate_up"), checkpoint_name(up_CF, "gate_up")
+    hidden_CF = jax.nn.silu(gate_CF) * up_CF * weights_C[:, None].astype(recipe.dtype)
+    return grouped_matmul(hidden_CF, weights.down_EFD, sizes_E, buffer.block, recipe)

@@ -1,0 +1,204 @@
+"""The whole network: a scan over dense layers, a scan over MoE layers, and the MTP module.
+
+`Network` is the model as pure functions over plain trees of arrays: `init` makes them, `bind` puts them back
+into the modules. Modules are made under a trace only (`jit`, `eval_shape`), so that no whole array of a large
+model ever exists on one device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsjax.config import ConfigError, ModelConfig
+from dsjax.model.attention import MLA
+from dsjax.model.layers import Linear, RMSNorm, SwiGLU, embed, rope_table, weight
+from dsjax.model.moe import Execution, MoE, RouterBias, RoutingStats
+from dsjax.numerics.linear import product
+from dsjax.sharding import BATCH, shardings
+
+# What the backward pass finds saved; the rest of a layer is computed again. "deepseek" recomputes norms, MLA
+# up-projections, RoPE and SwiGLU outputs, as the report does [V3 §3.2.3], and keeps what is costly to remake.
+SAVED_NAMES = ("mla_latent", "attention", "residual", "router", "gate_up")
+REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda f: f,
+    "deepseek": lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)),
+    "full": jax.checkpoint,
+}
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, dense or routed."""
+
+    def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs, *, routed: bool):
+        hidden, recipe = config.hidden_size, execution.recipe
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.self_attn = MLA(config, recipe, rngs)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if routed:
+            self.mlp = MoE(config, execution, rngs)
+        else:
+            self.mlp = SwiGLU(hidden, config.intermediate_size, config.initializer_range, recipe, rngs)
+        self.mesh = execution.mesh
+
+    def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
+        with jax.named_scope("attention"):
+            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_2TP)
+        x_BTD = checkpoint_name(x_BTD, "residual")
+        h_BTD, stats = self.post_attention_layernorm(x_BTD), None
+        with jax.named_scope("feed_forward"):
+            if isinstance(self.mlp, MoE):
+                y_BTD, stats = self.mlp(h_BTD)
+            else:
+                y_BTD = self.mlp(h_BTD)
+        batch_sharding = jax.sharding.NamedSharding(self.mesh, BATCH)
+        return lax.with_sharding_constraint(x_BTD + y_BTD, batch_sharding), stats
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """One module whose every array carries a leading dimension of `count` layers, each drawn on its own; None for 0."""
+    if count == 0:
+        return None
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    layers = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), count))
+    is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+    layers = jax.tree.map(lambda v: v.replace(axes=("layers", *v.axes)), layers, is_leaf=is_variable)
+    return nnx.merge(graphdef, layers)
+
+
+def scan_layers(layers: Any, x_BTD: jax.Array, rope_2TP: jax.Array, remat: str) -> tuple[jax.Array, Any]:
+    """Runs a stack: (x after the last layer, each layer's RoutingStats stacked)."""
+    graphdef, state = nnx.split(layers)
+
+    def one_layer(x_BTD, layer):
+        return nnx.merge(graphdef, layer)(x_BTD, rope_2TP)
+
+    return lax.scan(REMAT[remat](one_layer), x_BTD, state)
+
+
+class MTP(nnx.Module):
+    """Multi-token prediction of depth 1 [V3 §2.2]; embedding and output head are the main model's."""
+
+    def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs):
+        hidden, std = config.hidden_size, config.initializer_range
+        self.enorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.hnorm = RMSNorm(hidden, config.rms_norm_eps)
+        # The embedding's half comes first, as in the released weights (eq. 21 prints the reverse).
+        self.eh_proj = Linear((2 * hidden, hidden), ("concat", "embed"), std, execution.recipe, rngs)
+        self.block = Block(config, execution, rngs, routed=True)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.remat = execution.remat
+
+    def __call__(self, next_BTD: jax.Array, hidden_BTD: jax.Array, rope_2TP: jax.Array):
+        """From the embedding of token i+1 and the hidden state of token i, normalised states that predict i+2."""
+        joined = jnp.concatenate([self.enorm(next_BTD), self.hnorm(hidden_BTD)], axis=-1)
+        graphdef, state = nnx.split(self.block)
+
+        def run(state, x_BTD):
+            return nnx.merge(graphdef, state)(x_BTD, rope_2TP)
+
+        y_BTD, stats = REMAT[self.remat](run)(state, self.eh_proj(joined))
+        return self.norm(y_BTD), stats
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives; `hidden` states are normalised and ready for the output head."""
+
+    hidden_BTD: jax.Array
+    mtp_hidden_BTD: jax.Array | None  # position i predicts token i+2
+    stats_L: RoutingStats | None  # one entry a MoE layer, MTP's last
+
+
+class Transformer(nnx.Module):
+    """The modules, named as in the published checkpoints."""
+
+    def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs):
+        std, hidden, vocab = config.initializer_range, config.hidden_size, config.vocab_size
+        self.embed_tokens = weight(rngs, (vocab, hidden), ("vocab", "embed"), std)
+        self.lm_head = weight(rngs, (hidden, vocab), ("embed", "vocab"), std)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.dense_layers = stack(
+            lambda rngs: Block(config, execution, rngs, routed=False), config.first_k_dense_replace, rngs
+        )
+        self.moe_layers = stack(lambda rngs: Block(config, execution, rngs, routed=True), config.num_moe_layers, rngs)
+        self.mtp = MTP(config, execution, rngs) if config.num_nextn_predict_layers else None
+        self.config, self.execution = config, execution
+
+    def __call__(self, tokens_BT: jax.Array, next_BT: jax.Array | None = None) -> Outputs:
+        """Hidden states of `tokens`; with the tokens that follow them (`next_BT`), MTP's as well."""
+        remat = self.execution.remat
+        rope_2TP = rope_table(self.config, tokens_BT.shape[1])
+        x_BTD = self._embed(tokens_BT)
+        stats = []
+        if self.dense_layers is not None:
+            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, rope_2TP, remat)
+        if self.moe_layers is not None:
+            x_BTD, stats_L = scan_layers(self.moe_layers, x_BTD, rope_2TP, remat)
+            stats.append(stats_L)
+        hidden_BTD = self.norm(x_BTD)
+        mtp_BTD = None
+        if self.mtp is not None and next_BT is not None:
+            with jax.named_scope("mtp"):
+                before = hidden_BTD if self.config.mtp_hidden_state == "post_norm" else x_BTD
+                mtp_BTD, mtp_stats = self.mtp(self._embed(next_BT), before, rope_2TP)
+            stats.append(jax.tree.map(lambda s: s[None], mtp_stats))
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
+        return Outputs(hidden_BTD, mtp_BTD, joined)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return embed(self.embed_tokens[...], tokens_BT, self.execution.mesh, self.execution.recipe)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> FP32 [..., V]; for a few positions, training uses `losses.cross_entropy`."""
+        return product("...d,dv->...v", hidden, self.lm_head[...], self.execution.recipe, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of one configuration as functions over plain trees (nested dicts of arrays)."""
+
+    config: ModelConfig
+    execution: Execution
+    graphdef: Any
+    axes: Any  # logical axes of every parameter
+    shapes: Any  # jax.ShapeDtypeStruct of every parameter
+    bias_shapes: Any  # and of every routing bias, which are replicated
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """(parameters, routing biases); call it inside jit with out_shardings."""
+        model = Transformer(self.config, self.execution, nnx.Rngs(key))
+        _, params, bias = _split(model)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+
+    def bind(self, params: Any, bias: Any) -> Transformer:
+        """The modules holding these arrays."""
+        return nnx.merge(self.graphdef, params, bias)
+
+    def param_shardings(self) -> Any:
+        """Where every parameter lives on the mesh. Raises ConfigError for an indivisible dimension."""
+        return shardings(self.axes, self.shapes, self.execution.mesh)
+
+
+def _split(model: Transformer) -> tuple[Any, Any, Any]:
+    """(structure, parameters, routing biases)."""
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
+    return graphdef, params, bias
+
+
+def network(config: ModelConfig, execution: Execution) -> Network:
+    """The network of a configuration, without allocating anything."""
+    if execution.remat not in REMAT:
+        raise ConfigError(f"unknown training.remat {execution.remat!r}; known are {', '.join(REMAT)}")
+    abstract = nnx.eval_shape(lambda: Transformer(config, execution, nnx.Rngs(0)))
+    graphdef, params, bias = _split(abstract)
+    is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+    axes = jax.tree.map(lambda v: v.axes, params, is_leaf=is_variable)
+    return Network(
+        config, execution, graphdef, nnx.to_pure_dict(axes), nnx.to_pure_dict(params), nnx.to_pure_dict(bias)
+    )

@@ -1,0 +1,99 @@
+"""Multi-head Latent Attention equals its published statement and never looks ahead."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import small
+from flax import nnx
+from small import assert_trees_close
+
+from dsjax.config import ModelConfig, RopeScaling
+from dsjax.model.attention import MIN_QUERY_BLOCK, MLA, causal_attention
+from dsjax.model.layers import rope_frequencies, rope_table, softmax_scale
+
+CONFIG = ModelConfig(
+    hidden_size=24,
+    num_attention_heads=3,
+    q_lora_rank=10,
+    kv_lora_rank=14,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=8,
+    v_head_dim=5,
+    rms_norm_eps=1e-2,  # the norms of the latents do not use it
+    rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=16),
+    initializer_range=0.4,
+)
+
+
+def module(config: ModelConfig) -> MLA:
+    mla = MLA(config, small.FP32, nnx.Rngs(0))
+    for norm in ("q_a_layernorm", "kv_a_layernorm"):
+        if hasattr(mla, norm):
+            weight = getattr(mla, norm).weight
+            weight[...] = 1 + 0.3 * jax.random.normal(jax.random.key(1), weight.shape)
+    return mla
+
+
+def hidden(length: int, size: int = 24) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, length, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("length", [1, 17])
+@pytest.mark.parametrize("q_lora_rank", [None, 10])
+def test_mla_equals_its_statement(q_lora_rank, length):
+    config = dataclasses.replace(CONFIG, q_lora_rank=q_lora_rank)
+    mla, x = module(config), hidden(length)
+    state = nnx.to_pure_dict(nnx.state(mla, nnx.Param))
+    weights = {name: np.asarray(part["weight"], np.float64) for name, part in state.items()}
+    assert ("q_proj" in weights) == (q_lora_rank is None)
+    frequencies, scale = rope_frequencies(config).astype(np.float64), softmax_scale(config)
+    expected = [oracles.mla(sequence.astype(np.float64), weights, config, frequencies, scale) for sequence in x]
+    np.testing.assert_allclose(mla(x, rope_table(config, length)), expected, atol=2e-5)
+
+
+def test_no_future_leak():
+    """The output at position t has no gradient from later inputs, and one from each earlier or equal one."""
+    mla, x, table = module(CONFIG), hidden(9)[:1], rope_table(CONFIG, 9)
+    seen = jax.jit(jax.jacrev(lambda x: jnp.sum(mla(x, table)[0], axis=-1)))(x)[:, 0]  # [outputs, inputs, D]
+    strength = np.abs(seen).max(-1)
+    assert np.all(strength[np.triu_indices(9, 1)] == 0)
+    assert np.all(strength[np.tril_indices(9)] > 1e-6)
+
+
+def naive_attention(q, k, v, scale):
+    scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k)
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None], scores, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+
+# One block; one exactly; a block and one query; an odd number over several; more than eight minimal blocks.
+@pytest.mark.parametrize("length", [5, MIN_QUERY_BLOCK, MIN_QUERY_BLOCK + 1, 300, 1031])
+def test_blocks_and_their_gradient_equal_autodiff_of_the_naive_form(length):
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, length, 2, size)).astype(np.float32) for size in (6, 6, 4, 4))
+
+    def both(attention):
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, 0.7), q, k, v)
+        return out, *pull(dout)
+
+    assert_trees_close(jax.jit(lambda: both(causal_attention))(), jax.jit(lambda: both(naive_attention))(), 1e-5)
+
+
+def test_scores_of_all_pairs_never_exist():
+    length = 1024
+    q = np.zeros((1, length, 2, 6), np.float32)
+    text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(causal_attention(q, q, q, 1.0))))(q))
+    assert f"f32[1,2,128,{length}]" in text and f"[1,2,{length},{length}]" not in text
+
+
+def test_bf16_softmax_is_computed_in_fp32():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 40, 2, 8), jnp.bfloat16) for i in range(3))
+    out = causal_attention(q, k, v, 3.0)
+    assert out.dtype == jnp.bfloat16
+    wide = [a.astype(jnp.float32) for a in (q, k, v)]
+    # Rounding of the probabilities and of the result, nothing more: scores up to 50 in BF16 would be 0.1 off.
+    np.testing.assert_allclose(out.astype(jnp.float32), naive_attention(*wide, 3.0), atol=2e-2)
