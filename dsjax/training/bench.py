@@ -1,0 +1,133 @@
+"""How fast the train step runs here, against what the same machine's matmuls can do.
+
+Steps of the model, of the dense baseline and bare matmuls take turns, so that a machine that slows down slows
+all of them, and the ratios hold.
+"""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.config import Config
+from dsjax.numerics.linear import recipe
+from dsjax.planning import counts
+from dsjax.sharding import check_batch, make_mesh
+from dsjax.training.machine import matmul, seconds
+from dsjax.training.schedule import Schedule
+from dsjax.training.state import init_state
+from dsjax.training.step import place_batch, pretrain_step
+
+WARM_UP_STEPS = 3
+MATMUL_REPEATS = 3  # in a row, of which the best counts: the first finds the caches full of something else
+
+
+def bench(config: Config, baseline: str | None = None, steps: int = 20) -> dict[str, Any]:
+    """Times the train step on random tokens.
+
+    Args:
+      config: model, mesh, batch and precision; the whole batch of config.training is one step.
+      baseline: "dense" also times a dense model of equal active parameters.
+      steps: timed steps, after a warm-up.
+
+    Returns:
+      tokens_per_second (of the median step), model_tflops_per_second (closed form, causal, without recomputation),
+      matmul_tflops_per_second (a 2048 x 2048 x 2048 matmul in the compute dtype; on accelerators of all devices
+      together), mfu (their ratio), compile_seconds, peak_memory_bytes (of one device, by the compiler) and what was
+      run. With a baseline: its own figures, and the ratio of the median step times.
+    """
+    mesh = make_mesh(config.mesh)
+    timed = {"model": _Timed(config, mesh)}
+    if baseline == "dense":
+        timed["dense"] = _Timed(dataclasses.replace(config, model=counts.dense_equivalent(config.model)), mesh)
+    multiply, matmul_flops = matmul(recipe(config.precision), list(mesh.devices.flat))
+    for _ in range(WARM_UP_STEPS):
+        for one in timed.values():
+            one.step()
+        multiply()
+    matmul_seconds = []
+    for _ in range(steps):
+        for one in timed.values():
+            one.step_seconds.append(seconds(one.step))
+        matmul_seconds.append(min(seconds(multiply) for _ in range(MATMUL_REPEATS)))
+
+    rate = matmul_flops / statistics.median(matmul_seconds)
+    figures = timed["model"].figures(rate) | {
+        "matmul_tflops_per_second": _rounded(rate / 1e12),
+        "steps": steps,
+        "precision": config.precision,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "device_kind": jax.devices()[0].device_kind,
+    }
+    if "dense" in timed:
+        figures["dense"] = timed["dense"].figures(rate)
+        ratio = timed["model"].median_seconds / timed["dense"].median_seconds
+        figures["step_time_over_dense"] = _rounded(ratio)
+    return figures
+
+
+class _Timed:
+    """A compiled train step, its state, and the seconds its steps took."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        training, length = config.training, config.data.sequence_length
+        micro = training.microbatch_size or training.batch_size
+        check_batch("training.microbatch_size", micro, mesh)
+        count = training.batch_size // micro
+        rng = np.random.default_rng(training.seed)
+        rows = rng.integers(0, config.model.vocab_size, (training.batch_size, length + 1), np.int32)
+        self.tokens = training.batch_size * length
+        has_mtp = config.model.num_nextn_predict_layers > 0
+        self.flops = self.tokens * counts.flops_per_token(config.model, length, mtp=has_mtp)
+        self.parameters = counts.parameters(config.model)
+        self.step_seconds: list[float] = []
+
+        self._state = init_state(config, mesh)
+        batch = place_batch(lambda indices: rows[list(indices)], (count, micro, length + 1), mesh)
+        schedule = Schedule(training, config.optimizer, length)
+        hyperparameters = {k: np.float32(v) for k, v in schedule.hyperparameters(0).items()}
+        self._arguments = (batch, np.int32(count), hyperparameters)
+        start = time.perf_counter()
+        self._compiled = pretrain_step(config, mesh).lower(self._state, *self._arguments).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def step(self) -> None:
+        """One step, to its end."""
+        self._state, metrics = self._compiled(self._state, *self._arguments)
+        jax.block_until_ready((self._state, metrics))
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.step_seconds)
+
+    def figures(self, matmul_flops_per_second: float) -> dict[str, Any]:
+        flops_per_second = self.flops / self.median_seconds
+        return {
+            "tokens_per_second": _rounded(self.tokens / self.median_seconds),
+            "model_tflops_per_second": _rounded(flops_per_second / 1e12),
+            "mfu": _rounded(flops_per_second / matmul_flops_per_second),
+            "step_seconds": _rounded(self.median_seconds),
+            "compile_seconds": _rounded(self.compile_seconds),
+            "peak_memory_bytes": _peak_memory_bytes(self._compiled),
+            "parameters": self.parameters.trainable + self.parameters.mtp,
+            "active_parameters": self.parameters.active,
+        }
+
+
+def _peak_memory_bytes(compiled: jax.stages.Compiled) -> int:
+    """What one device holds at most during the step: weights, optimizer state and temporaries."""
+    stats: Any = compiled.memory_analysis()
+    # XLA:CPU leaves temporaries out of its peak; elsewhere the peak is right and the sum is above it.
+    if jax.devices()[0].platform == "cpu":
+        return int(stats.argument_size_in_bytes + stats.temp_size_in_bytes)
+    return int(stats.peak_memory_in_bytes)
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits, whatever the size: a figure of a small machine does not become 0."""
+    return float(f"{value:.4g}")

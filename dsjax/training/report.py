@@ -1,0 +1,263 @@
+"""A run in pictures: PNG plots, and one HTML page that holds them and needs nothing else."""
+
+import base64
+import html
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsjax.config import Config, ConfigError
+from dsjax.planning import counts
+from dsjax.training.monitor import duration, magnitude, read_rows
+from dsjax.training.workdir import EXPERT_LOAD, METRICS, PLOTS, REPORT, read_config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[dict[str, Any]]
+
+SIZE = (9, 4.5)  # inches
+SLICES = 6  # moments shown of the expert load
+BLUE, ORANGE, GREEN, GREY = "#3465a4", "#e07b00", "#2e7d32", "#9a9a9a"
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 2rem }}
+td {{ padding: .2rem 1.5rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top }}
+td:first-child {{ color: #666 }}
+img {{ width: 100%; height: auto; margin-bottom: 1.5rem }}
+</style>
+<h1>{title}</h1>
+<table>
+{facts}
+</table>
+{images}
+</html>
+"""
+
+
+def report(workdir: str | Path, out: str | Path | None = None) -> Path:
+    """Draws the run in `workdir` to `plots/*.png` and `report.html`, inside it or in `out`; returns the page.
+
+    Raises:
+      ConfigError: `workdir` is no run, no step of it is recorded, matplotlib is missing, or `out` cannot be written.
+    """
+    workdir, out = Path(workdir), Path(workdir if out is None else out)
+    config = read_config(workdir)
+    rows = [row for row in read_rows(workdir / METRICS) if isinstance(row.get("step"), int)]
+    if not rows:
+        raise ConfigError(f"{workdir / METRICS} records no step yet, so there is nothing to draw")
+    loads = [row for row in read_rows(workdir / EXPERT_LOAD) if row.get("load")]
+    figures = {
+        "loss": draw_loss(rows),
+        "learning_rate": draw_learning_rate(rows),
+        "throughput": draw_throughput(rows),
+    }
+    if loads:
+        figures["expert_load"] = draw_expert_load(rows, loads, has_mtp=config.model.num_nextn_predict_layers > 0)
+    images = {name: _png(figure) for name, figure in figures.items()}
+    page = _page(f"Run {workdir.resolve().name}", _facts(config, rows), images)
+    try:
+        (out / PLOTS).mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            (out / PLOTS / f"{name}.png").write_bytes(image)
+        (out / REPORT).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {out} ({error.strerror}); choose another --out") from error
+    return out / REPORT
+
+
+def draw_loss(rows: Rows) -> "Figure":
+    """Training, MTP and validation loss over steps."""
+    figure, axes = _figure("Loss", "nats per token")
+    for name, label, colour in (("loss", "training", BLUE), ("mtp_loss", "MTP", ORANGE)):
+        _curve(axes, *_series(rows, name), label, colour)
+    steps, losses = _series(rows, "validation_loss")
+    if len(steps):
+        axes.plot(steps, losses, "o-", color=GREEN, markersize=5, label=f"validation ({losses[-1]:.3f} at the end)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_learning_rate(rows: Rows) -> "Figure":
+    """Learning rate over steps, and the batch size where it changes."""
+    figure, axes = _figure("Learning rate", "learning rate")
+    steps, rates = _series(rows, "lr")
+    axes.plot(steps, rates, color=BLUE, label="learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    steps, sizes = _series(rows, "batch_size")
+    if len(set(sizes)) > 1:
+        axes.set_title("Learning rate and batch size", loc="left", fontweight="bold")
+        right = axes.twinx()
+        right.step(steps, sizes, where="post", color=ORANGE)
+        right.set_ylabel("sequences per step", color=ORANGE)
+        right.set_ylim(bottom=0)
+        right.spines["top"].set_visible(False)
+        axes.set_ylabel("learning rate", color=BLUE)
+    return figure
+
+
+def draw_throughput(rows: Rows) -> "Figure":
+    """Tokens per second over steps, with MFU on the right where it is known."""
+    figure, axes = _figure("Throughput", "tokens per second")
+    steps, rates = _series(rows, "tokens_per_second")
+    median = statistics.median(rates)
+    _curve(axes, steps, rates, f"median {magnitude(median)} tokens/s", BLUE)
+    axes.set_ylim(0, 1.15 * np.percentile(rates, 99))
+    axes.yaxis.set_major_formatter(lambda value, _: magnitude(value))
+    last = next((row for row in reversed(rows) if row.get("mfu") and row.get("tokens_per_second")), None)
+    if last:
+        percent = 100 * last["mfu"] / last["tokens_per_second"]
+        right = axes.secondary_yaxis("right", functions=(lambda rate: rate * percent, lambda mfu: mfu / percent))
+        right.set_ylabel("model FLOPs utilisation (%)")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
+    """The busiest expert over steps, and layers x experts at a few moments, as load over the layer's mean."""
+    figure_class = _figure_class()
+    from matplotlib.colors import TwoSlopeNorm
+
+    moments = sorted({round(place) for place in np.linspace(0, len(loads) - 1, SLICES)})
+    slices = [np.asarray(loads[moment]["load"], float) for moment in moments]
+    columns = 2 if len(slices) > 1 else 1
+    lines = -(-len(slices) // columns)
+    height = float(np.clip(0.22 * len(slices[0]) + 0.7, 1.2, 4.0))
+    figure = figure_class(figsize=(SIZE[0], 2.4 + lines * height), layout="constrained", dpi=120)
+    grid = figure.add_gridspec(lines + 1, columns, height_ratios=[2.0] + [height] * lines)
+
+    top = figure.add_subplot(grid[0, :])
+    _curve(top, *_series(rows, "expert_load_max_over_mean"), "", BLUE)
+    _style(top, "Expert load", "busiest expert\n(load / mean)")
+    top.axhline(1, color=GREY, linewidth=1, linestyle=":")
+    top.set_ylim(bottom=0.9)
+
+    norm = TwoSlopeNorm(vcenter=1, vmin=0, vmax=max(2.0, float(np.percentile(slices, 99))))
+    panels = []
+    for place, (moment, load_LE) in enumerate(zip(moments, slices, strict=True)):
+        axes = figure.add_subplot(grid[1 + place // columns, place % columns])
+        image = axes.imshow(load_LE, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+        axes.set_title(f"step {loads[moment]['step']}", loc="left", fontsize=10)
+        _label_experts(axes, load_LE.shape, has_mtp)
+        axes.set_ylabel("MoE layer" if place % columns == 0 else "", fontsize=9)
+        axes.set_xlabel("expert" if place + columns >= len(slices) else "", fontsize=9)
+        panels.append(axes)
+    bar = figure.colorbar(image, ax=panels, extend="max", fraction=0.03, pad=0.02)
+    bar.set_label("load / mean of the layer")
+    return figure
+
+
+def _label_experts(axes: "Axes", shape: tuple[int, ...], has_mtp: bool) -> None:
+    """Names the layers (some, where there are many) and a few experts."""
+    layers, experts = shape
+    names = [str(layer + 1) for layer in range(layers)]
+    if has_mtp:
+        names[-1] = "MTP"
+    shown = list(range(layers)) if layers <= 12 else sorted({round(layer) for layer in np.linspace(0, layers - 1, 6)})
+    axes.set_yticks(shown, [names[layer] for layer in shown])
+    axes.set_xticks(sorted({0, experts // 4, experts // 2, 3 * experts // 4, experts - 1}))
+    axes.tick_params(labelsize=8)
+
+
+def _facts(config: Config, rows: Rows) -> dict[str, str]:
+    """What a reader wants to know first, by name."""
+    last, model, parameters = rows[-1], config.model, counts.parameters(config.model)
+    validated = [row for row in rows if row.get("validation_loss") is not None]
+    known: Callable[[str], list[float]] = lambda name: [row[name] for row in rows if row.get(name) is not None]  # noqa: E731
+    facts = {
+        "progress": f"step {last['step']:,} of {config.training.total_steps:,}",
+        "tokens": magnitude(last["tokens"]),
+        "parameters": f"{parameters.total:,} ({parameters.active:,} active)"
+        + (f" + {parameters.mtp:,} of MTP" if parameters.mtp else ""),
+        "architecture": f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, "
+        f"{model.n_routed_experts} routed experts (top {model.num_experts_per_tok}) + {model.n_shared_experts} shared",
+        "data": f"{', '.join(config.data.sources)}; tokenizer {config.data.tokenizer}; "
+        f"rows of {config.data.sequence_length} tokens",
+        "training loss": "not a number" if last["loss"] is None else f"{last['loss']:.4f} nats per token",
+    }
+    if validated:
+        best = validated[-1]
+        facts["validation loss"] = (
+            f"{best['validation_loss']:.4f} nats per token, {best['validation_nats_per_byte']:.4f} nats per byte "
+            f"(step {best['step']:,})"
+        )
+    facts["throughput"] = f"{magnitude(statistics.median(known('tokens_per_second')))} tokens/s (median)" + (
+        f", MFU {statistics.median(known('mfu')):.1%}" if known("mfu") else ""
+    )
+    facts["time"] = duration(last["seconds"])
+    facts["cost"] = f"${last['cost_usd']:,.2f}"
+    facts["dropped tokens"] = f"{sum(known('dropped_tokens')):,.0f}"
+    return facts
+
+
+def _page(title: str, facts: dict[str, str], images: dict[str, bytes]) -> str:
+    cells = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items()]
+    pictures = [
+        f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+        for name, image in images.items()
+    ]
+    return PAGE.format(title=html.escape(title), facts="\n".join(cells), images="\n".join(pictures))
+
+
+def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows that have `name`."""
+    known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array([step for step, _ in known]), np.array([value for _, value in known], float)
+
+
+def _curve(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
+    """A line; a long one pale, with its running mean on top."""
+    window = len(steps) // 50
+    if not len(steps):
+        return
+    if window < 2:
+        axes.plot(steps, values, color=colour, label=label)
+        return
+    sums, places = np.concatenate(([0.0], np.cumsum(values))), np.arange(len(steps))
+    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(steps))
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color=colour, label=label)
+
+
+def _figure(title: str, ylabel: str) -> tuple["Figure", "Axes"]:
+    figure = _figure_class()(figsize=SIZE, layout="constrained", dpi=120)
+    axes = figure.add_subplot()
+    _style(axes, title, ylabel)
+    return figure, axes
+
+
+def _style(axes: "Axes", title: str, ylabel: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figure_class() -> type["Figure"]:
+    # Figure itself, not pyplot: no display is looked for, and no figure outlives its function.
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'dsjax[plots]', then dsjax report RUN") from error
+    return Figure
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

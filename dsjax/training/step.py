@@ -1,0 +1,162 @@
+"""The train step: one donated jit over plain trees, shared by every kind of training.
+
+`make_train_step` is given a loss; `pretrain_step` gives it next-token prediction with MTP and balance loss.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config import Config
+from dsjax.model.losses import cross_entropy
+from dsjax.model.routing import update_bias
+from dsjax.model.transformer import Network
+from dsjax.sharding import AXES, BATCH, replicated
+from dsjax.training import optimizer
+from dsjax.training.state import TrainState, build_network, state_shardings
+
+Metrics = dict[str, jax.Array]
+# (params, router_bias, microbatch, hyperparameters) -> (loss to descend, metrics); sums over microbatches are
+# divided by their number, except for `expert_load` and `dropped_tokens`, which are totals of the step.
+LossFn = Callable[[Any, Any, Any, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
+TOTALS = ("expert_load", "dropped_tokens")
+
+
+def language_model_loss(net: Network, config: Config) -> LossFn:
+    """Mean next-token loss + mtp_loss_weight * mean MTP loss + balance losses [V3 eq. 17, 24]."""
+    chunk, execution = config.training.loss_chunk_size, net.execution
+
+    def loss_fn(params, router_bias, tokens, hyperparameters):
+        model = net.bind(params, router_bias)
+        inputs_BT, labels_BT = tokens[:, :-1], tokens[:, 1:]
+        out = model(inputs_BT, labels_BT)
+
+        def mean_loss(hidden_BTD, labels_BT, weights_BT):
+            weights_BT = weights_BT / labels_BT.size
+            return cross_entropy(
+                hidden_BTD, model.lm_head[...], labels_BT, weights_BT, execution.mesh, execution.recipe, chunk
+            )
+
+        ones_BT = jnp.ones(labels_BT.shape, jnp.float32)
+        with jax.named_scope("loss"):
+            loss = mean_loss(out.hidden_BTD, labels_BT, ones_BT)
+            mtp_loss = jnp.float32(0)
+            if out.mtp_hidden_BTD is not None:
+                # Position i predicts token i + 2; the last position has no such token.
+                second_BT = jnp.roll(labels_BT, -1, axis=1)
+                mtp_loss = mean_loss(out.mtp_hidden_BTD, second_BT, ones_BT.at[:, -1].set(0))
+                mtp_loss *= labels_BT.shape[1] / max(labels_BT.shape[1] - 1, 1)  # the mean over predicted tokens
+        total = loss + hyperparameters["mtp_loss_weight"] * mtp_loss
+        metrics = {"loss": loss, "mtp_loss": mtp_loss}
+        if out.stats_L is not None:
+            total += jnp.sum(out.stats_L.balance_loss)
+            metrics |= {
+                "balance_loss": jnp.mean(out.stats_L.balance_loss),
+                "expert_load": out.stats_L.load_E,
+                "dropped_tokens": jnp.sum(out.stats_L.dropped),
+                "dispatch_rounds": jnp.max(out.stats_L.rounds),
+            }
+        return total, metrics
+
+    return loss_fn
+
+
+def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """The compiled step: accumulate gradients over microbatches, clip, AdamW, move the routing bias.
+
+    Returns:
+      train_step(state, batch, num_microbatches, hyperparameters) -> (state, metrics). `state` is donated. Leaves
+      of `batch` have a leading microbatch dimension, of which the first `num_microbatches` are used; that number
+      is traced, so that a ramping batch compiles once. `hyperparameters`: learning_rate, bias_update_speed,
+      mtp_loss_weight. It is a jitted function: `.lower` shows what it compiles to.
+    """
+    adamw = optimizer.adamw(config.optimizer)
+    shardings = state_shardings(config, mesh)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one_microbatch(state, batch, index, hyperparameters):
+        microbatch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), batch)
+        (_, metrics), gradients = gradient(state.params, state.router_bias, microbatch, hyperparameters)
+        # Said here, or the partitioner replicates most of them.
+        return lax.with_sharding_constraint(gradients, shardings.params), metrics
+
+    def train_step(state, batch, num_microbatches, hyperparameters):
+        def accumulate(index, sums):
+            return jax.tree.map(jnp.add, sums, one_microbatch(state, batch, index, hyperparameters))
+
+        if jax.tree.leaves(batch)[0].shape[0] == 1:
+            sums = one_microbatch(state, batch, 0, hyperparameters)
+        else:
+            shapes = jax.eval_shape(one_microbatch, state, batch, 0, hyperparameters)
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            sums = lax.fori_loop(0, num_microbatches, accumulate, nothing)
+        mean = lambda a: a / num_microbatches  # noqa: E731
+        gradients = jax.tree.map(mean, sums[0])
+        metrics = {name: value if name in TOTALS else mean(value) for name, value in sums[1].items()}
+        with jax.named_scope("optimizer"):
+            gradients, metrics["grad_norm"] = optimizer.clip(gradients, config.optimizer.clip_norm)
+            updates, opt_state = adamw.update(gradients, state.opt_state, state.params)
+            rate = hyperparameters["learning_rate"]
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        bias = move_biases(state.router_bias, metrics.get("expert_load"), hyperparameters["bias_update_speed"])
+        return dataclasses.replace(
+            state, params=params, router_bias=bias, opt_state=opt_state, step=state.step + 1
+        ), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def move_biases(router_bias: Any, load_LE: jax.Array | None, speed: jax.Array) -> Any:
+    """Every layer's routing bias after a step; the rows of `load_LE` are the MoE layers in order, MTP's last."""
+    leaves, tree = jax.tree.flatten(router_bias)  # in order of names: moe_layers [L, E], then mtp [E]
+    moved, row = [], 0
+    for bias in leaves:
+        rows = 1 if bias.ndim == 1 else bias.shape[0]
+        assert load_LE is not None  # a model with routing biases has routers that count
+        load = load_LE[row : row + rows].reshape(bias.shape)
+        moved.append(update_bias(bias, load, speed))
+        row += rows
+    return jax.tree.unflatten(tree, moved)
+
+
+def pretrain_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """`make_train_step` for language modelling; batch: int32 tokens [microbatches, sequences, T + 1]."""
+    return make_train_step(language_model_loss(build_network(config, mesh), config), config, mesh)
+
+
+def evaluate_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], Metrics]:
+    """f(state, tokens [sequences, T + 1]) -> {"loss", "mtp_loss"}: means in nats per token, without gradients."""
+    loss_fn = language_model_loss(build_network(config, mesh), config)
+
+    @jax.jit
+    def evaluate(params, router_bias, tokens):
+        _, metrics = loss_fn(params, router_bias, tokens, {"mtp_loss_weight": jnp.float32(0)})
+        return {name: metrics[name] for name in ("loss", "mtp_loss")}
+
+    return lambda state, tokens: evaluate(state.params, state.router_bias, tokens)
+
+
+def place_batch(rows: Callable[[range], np.ndarray], shape: Sequence[int], mesh: Mesh) -> jax.Array:
+    """A global int32 batch of which each process loads only its own rows.
+
+    Args:
+      rows: a range of indices -> rows [n, T + 1]; index i stands for the i-th sequence of the batch.
+      shape: [sequences, T + 1] or [microbatches, sequences, T + 1]; sequences are spread over the mesh.
+      mesh: the mesh.
+    """
+    *lead, sequences, _ = shape
+    spec = BATCH if not lead else PartitionSpec(None, AXES)
+
+    def load(index: Any) -> np.ndarray:  # a slice for each dimension
+        first, last, _ = index[len(lead)].indices(sequences)
+        if not lead:
+            return rows(range(first, last))
+        return np.stack([rows(range(m * sequences + first, m * sequences + last)) for m in range(lead[0])])
+
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), load)

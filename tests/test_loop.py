@@ -1,0 +1,324 @@
+"""The run as a whole: interrupted, resumed, extended, refused."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dsjax.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    to_dict,
+)
+from dsjax.training import checkpoint, loop
+from dsjax.training.loop import train
+from dsjax.training.monitor import read_rows
+from dsjax.training.state import abstract_state
+from dsjax.training.workdir import CHECKPOINTS, CONFIG, EXPERT_LOAD, METRICS, read_config
+
+STEPS = 6
+T = 16
+# Losses that must come back to the last bit, and what moves them.
+EXACT = (
+    "step",
+    "tokens",
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "grad_norm",
+    "lr",
+    "batch_size",
+    "expert_load_max_over_mean",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """A tiny model on 2 x 4 devices whose batch, learning rate, bias speed and MTP weight all change within 6 steps."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"{number} squared is {number * number}. " * (number + 5))
+    return Config(
+        model=ModelConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            num_attention_heads=2,
+            q_lora_rank=None,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+        ),
+        mesh=MeshConfig(data=2, expert=4),
+        data=DataConfig(
+            sources=(f"text_files:{folder}",),
+            sequence_length=T,
+            validation_fraction=0.2,
+            directory=str(tmp_path_factory.mktemp("data")),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_tokens=32 * T, decay_tokens=64 * T),
+        training=TrainingConfig(
+            total_steps=STEPS,
+            batch_size=24,
+            microbatch_size=8,
+            initial_batch_size=8,
+            batch_ramp_tokens=40 * T,
+            mtp_loss_weight_final=0.1,
+            mtp_switch_tokens=40 * T,
+            bias_update_tokens=50 * T,
+        ),
+        checkpoint=CheckpointConfig(every_steps=None),
+        evaluation=EvaluationConfig(every_steps=4, sequences=8),
+        monitor=MonitorConfig(compile_cache=None, expert_load_every_steps=2),
+        precision="fp32",
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+    """One uninterrupted run, and what it returned."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(config, workdir)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Runs of this module share the compiled step; those in processes of their own compile theirs."""
+    compiled, patch = {}, pytest.MonkeyPatch()
+
+    def compile_step(config, *rest, original=loop.compile_step):
+        key = (config.model, config.mesh, config.optimizer, config.training.batch_size, config.training.microbatch_size)
+        if key not in compiled:
+            compiled[key] = original(config, *rest)
+        return compiled[key]
+
+    patch.setattr(loop, "compile_step", compile_step)
+    yield
+    patch.undo()
+
+
+def change(config: Config, section: str, **values) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def exact(workdir):
+    return [{name: row[name] for name in EXACT} for row in read_rows(workdir / METRICS)]
+
+
+def final_arrays(config, workdir):
+    target = abstract_state(config, loop.make_mesh(config.mesh))
+    restored = checkpoint.restore(workdir / CHECKPOINTS, STEPS, target)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def stop_after(monkeypatch, step):
+    monkeypatch.setattr(loop, "should_stop", lambda interrupt, done: done == step)
+
+
+def test_a_run_leaves_what_it_should(config, straight):
+    workdir, summary = straight
+    rows = read_rows(workdir / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["batch_size"] for row in rows] == [8, 8, 8, 16, 24, 24]
+    assert rows[-1]["tokens"] == summary.tokens == 88 * T
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 6]
+    assert rows[-1]["validation_loss"] == summary.validation_loss > 0
+    assert all(row["dropped_tokens"] == 0 and row["mtp_loss"] > 1 and row["tokens_per_second"] > 0 for row in rows)
+    assert [row["step"] for row in read_rows(workdir / EXPERT_LOAD)] == [1, 2, 4, 6]
+    assert read_config(workdir) == config
+    assert checkpoint.steps(workdir / CHECKPOINTS) == [STEPS]
+    assert summary.exit_code == 0 and summary.step == STEPS
+    assert (workdir / "plots" / "loss.png").stat().st_size > 1000 and (workdir / "report.html").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_resume_is_bitwise(config, straight, tmp_path, monkeypatch, stop):
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        first = train(config, tmp_path)
+    assert first.step == stop and checkpoint.steps(tmp_path / CHECKPOINTS) == [stop]
+    assert [row["step"] for row in read_rows(tmp_path / METRICS)] == list(range(1, stop + 1))
+    second = train(config, tmp_path)
+    assert second.step == STEPS
+    assert exact(tmp_path) == exact(straight[0])
+    assert read_rows(tmp_path / EXPERT_LOAD) == read_rows(straight[0] / EXPERT_LOAD)
+    assert second.validation_loss == straight[1].validation_loss
+    assert second.seconds > first.seconds
+    arrays, wanted = final_arrays(config, tmp_path), final_arrays(config, straight[0])
+    for array, want in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(array, want)
+
+
+def test_steps_done_after_the_last_checkpoint_are_done_again_once(config, straight, tmp_path, monkeypatch):
+    """As after SIGKILL: metrics reach further than the newest checkpoint, and end in half a line."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        train(config, tmp_path)
+    last = read_rows(tmp_path / METRICS)[-1]
+    with (tmp_path / METRICS).open("a") as file:
+        for step in (3, 4):
+            file.write(json.dumps(last | {"step": step, "loss": -1.0, "seconds": 1e6, "cost_usd": 7.0}) + "\n")
+        file.write('{"step": 5, "lo')
+    summary = train(config, tmp_path)
+    assert exact(tmp_path) == exact(straight[0])
+    assert summary.cost_usd >= 7.0 and summary.seconds >= 1e6, "work that was lost was paid for"
+
+
+def test_a_complete_run_does_nothing_and_can_be_extended(config, straight, tmp_path, capsys):
+    train(change(config, "training", total_steps=5), tmp_path)
+    before = (tmp_path / METRICS).read_bytes()
+    capsys.readouterr()
+    again = train(change(config, "training", total_steps=5), tmp_path)
+    assert again.step == 5 and again.exit_code == 0
+    assert "is complete" in (out := capsys.readouterr().out) and "training.total_steps above 5" in out
+    assert (tmp_path / METRICS).read_bytes() == before
+    train(config, tmp_path)
+    assert "training.total_steps: 5 -> 6" in capsys.readouterr().out
+    assert exact(tmp_path) == exact(straight[0])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("model", {"n_routed_experts": 16}, "model.n_routed_experts: 8 -> 16"),
+        ("data", {"sequence_length": 32}, "data.sequence_length: 16 -> 32"),
+        ("training", {"seed": 5}, "training.seed: 0 -> 5"),
+    ],
+)
+def test_another_run_is_refused_and_the_first_stays_as_it_was(config, straight, section, values, told):
+    workdir = straight[0]
+    before = {path: path.read_bytes() for path in (workdir / CONFIG, workdir / METRICS)}
+    with pytest.raises(ConfigError, match=told):
+        train(change(change(config, "training", total_steps=99), section, **values), workdir)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_directory_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not the directory of a run but holds config.json, thesis.tex;"):
+        train(config, tmp_path)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        train(config, tmp_path / "thesis.tex")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="set --config.model.vocab_size=260 or more"):
+        train(change(config, "model", vocab_size=200), tmp_path)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(config, tmp_path):
+    small = change(config, "training", microbatch_size=4, batch_size=4, initial_batch_size=None, batch_ramp_tokens=0)
+    with pytest.raises(ConfigError, match="training.microbatch_size = 4"):
+        train(small, tmp_path)
+
+
+def test_training_goes_on_when_checkpoints_cannot_be_written(config, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_async", full)
+    summary = train(change(config, "checkpoint", every_steps=2), tmp_path)
+    assert summary.step == STEPS and summary.exit_code == 1
+    assert len(read_rows(tmp_path / METRICS)) == STEPS
+    assert "WARNING: the checkpoint of step 2 could not be written" in capsys.readouterr().out
+
+
+def test_a_smaller_batch_reads_only_its_own_rows(config):
+    class Recorder:
+        def __init__(self):
+            self.read = []
+
+        def rows(self, indices):
+            self.read += indices
+            return np.asarray(indices, np.int32)[:, None] + np.zeros((1, T + 1), np.int32)
+
+    schedule = loop.Schedule(config.training, config.optimizer, T)
+    loader = Recorder()
+    mesh = loop.make_mesh(config.mesh)
+    seen, expected = 0, []
+    for tokens, size in loop.batches(config, mesh, loader, schedule, loop.Position(0, 0)):
+        rows = np.asarray(tokens).reshape(-1, T + 1)
+        assert tokens.shape == (3, 8, T + 1)
+        np.testing.assert_array_equal(rows[:size, 0], np.arange(seen, seen + size))
+        assert not rows[size:].any()
+        seen += size
+        expected.append(size)
+    assert expected == [8, 8, 8, 16, 24, 24]
+    assert set(range(seen)) <= set(loader.read)
+
+
+WORKER = """
+import json, sys
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+from dsjax.config import from_dict
+from dsjax.training.loop import train
+print("ready", flush=True)
+sys.exit(train(from_dict(json.loads(sys.argv[1])), sys.argv[2]).exit_code)
+"""
+
+
+def start(config: Config, workdir) -> subprocess.Popen:
+    arguments = [json.dumps(to_dict(config)), str(workdir), jax.config.jax_compilation_cache_dir]
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bitwise(config, tmp_path, number, code):
+    workdir = tmp_path / "run"
+    process = start(change(config, "training", total_steps=100_000), workdir)
+    wait_for(lambda: len(read_rows(workdir / METRICS)) >= 2, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert "finishing this step" in output and "the same command goes on from here" in output
+    done = len(read_rows(workdir / METRICS))
+    assert checkpoint.steps(workdir / CHECKPOINTS) == [done]
+    longer = change(config, "training", total_steps=done + 2)
+    train(longer, workdir)
+    train(longer, tmp_path / "straight")
+    assert exact(workdir) == exact(tmp_path / "straight")
+
+
+def test_an_interrupt_before_the_first_step_leaves_at_once(config, tmp_path):
+    process = start(change(config, "model", num_attention_heads=3), tmp_path)  # not in the compile cache
+    while "run directory" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=20)[0]
+    assert process.returncode == 130
+    assert "SIGINT before the first step: nothing to save" in output
+    assert "Traceback" not in output
