@@ -1,0 +1,23 @@
+# Sourced by the scripts: makes or updates the virtual environment, installs dsjax with the extras in $1, and puts it
+# first in PATH. Quick when nothing has changed. Call it from the repository's root.
+#
+#   PYTHON       the interpreter to make the environment with (default: python3)
+#   DSJAX_VENV   where the environment lies (default: .venv in the repository; else an absolute path)
+
+dsjax_venv=${DSJAX_VENV:-$PWD/.venv}
+dsjax_stamp=$dsjax_venv/installed-$1
+
+if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+    echo "dsjax: ${PYTHON:-python3} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2
+    exit 2
+fi
+if [ ! -x "$dsjax_venv/bin/python" ]; then
+    echo "making a virtual environment in $dsjax_venv"
+    "${PYTHON:-python3}" -m venv "$dsjax_venv"
+fi
+if ! cat setup.cfg pyproject.toml | cmp -s - "$dsjax_stamp"; then
+    echo "installing dsjax[$1], which takes a few minutes the first time"
+    "$dsjax_venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$1]"
+    cat setup.cfg pyproject.toml > "$dsjax_stamp"
+fi
+export PATH="$dsjax_venv/bin:$PATH"

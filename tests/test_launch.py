@@ -1,0 +1,119 @@
+"""The scripts parse, point to what exists, and pass their arguments on."""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+SCRIPTS = [
+    "launch/install.sh",
+    "launch/quickstart.sh",
+    "launch/simulate.sh",
+    "launch/slurm.sbatch",
+    "launch/tpu_vm.sh",
+    "tests/run.sh",
+    ".ci/run",
+]
+FAKE_DSJAX = """#!/usr/bin/env bash
+printf '%s\\n' "$0 $*" >> "$CALLS"
+case $1 in
+    train)
+        mkdir -p runs/quickstart
+        echo '{"validation_nats_per_byte": 1.5, "cost_usd": 0.25}' > runs/quickstart/metrics.jsonl ;;
+    generate) echo "a sample" ;;
+esac
+"""
+
+
+@pytest.fixture
+def sandbox(repository, tmp_path):
+    """A copy of the scripts whose environment is installed already and whose `dsjax` writes down how it was called."""
+    root = tmp_path / "copy"
+    for name in ("launch", "tests"):
+        shutil.copytree(repository / name, root / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(repository / name, root / name)
+    programs = root / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "dsjax").write_text(FAKE_DSJAX)
+    (programs / "dsjax").chmod(0o755)
+    (programs / "python").symlink_to(shutil.which("python3"))
+    stamp = (root / "setup.cfg").read_text() + (root / "pyproject.toml").read_text()
+    for extra in ("plots", "tpu"):
+        (root / ".venv" / f"installed-{extra}").write_text(stamp)
+    return root
+
+
+def run(sandbox, script, *arguments, **environment):
+    environment = {**os.environ, "CALLS": str(sandbox / "calls"), **environment}
+    environment.pop("DSJAX_VENV", None)
+    command = ["bash", str(sandbox / script), *arguments]
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def calls(sandbox) -> list[str]:
+    return [line.partition("bin/dsjax ")[2] for line in (sandbox / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_parses_and_stops_at_the_first_error(repository, script):
+    subprocess.run(["bash", "-n", repository / script], check=True)
+    if script != "launch/install.sh":  # sourced by the others
+        text = (repository / script).read_text()
+        assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
+        assert os.access(repository / script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_names_files_that_exist(repository, script):
+    for name in re.findall(r"(?:configs|launch|tests)/\w+\.(?:py|sh|sbatch)", (repository / script).read_text()):
+        assert (repository / name).exists(), name
+
+
+def test_sbatch_directives_come_before_the_first_command(repository):
+    lines = (repository / "launch" / "slurm.sbatch").read_text().splitlines()
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert max(directives) < min(commands)
+    for number in directives:
+        assert re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", lines[number])
+
+
+def test_simulate_passes_its_arguments_on(sandbox):
+    ran = run(sandbox, "launch/simulate.sh", "4", "configs/tiny.py", "--config.training.total_steps=2")
+    assert ran.returncode == 0, ran.stderr
+    expected = "train --config configs/tiny.py --devices 4 --workdir runs/tiny-on-4 --config.training.total_steps=2"
+    assert calls(sandbox) == [expected]
+
+
+def test_simulate_without_arguments_tells_its_usage(sandbox):
+    ran = run(sandbox, "launch/simulate.sh")
+    assert ran.returncode == 2 and "usage:" in ran.stderr
+
+
+def test_quickstart_trains_and_tells_what_came_out(sandbox):
+    ran = run(sandbox, "launch/quickstart.sh", "--config.training.seed=3")
+    assert ran.returncode == 0, ran.stderr
+    train, generate = calls(sandbox)
+    assert train == "train --config configs/tiny.py --devices 8 --workdir runs/quickstart --config.training.seed=3"
+    assert generate.startswith("generate --checkpoint runs/quickstart --prompt")
+    for part in ("validation loss: 1.500", "$0.2500", "runs/quickstart/plots/loss.png", "a sample"):
+        assert part in ran.stdout
+
+
+def test_tpu_script_trains_on_every_host(sandbox):
+    ran = run(sandbox, "launch/tpu_vm.sh", "--config.training.seed=3")
+    assert ran.returncode == 0, ran.stderr
+    assert calls(sandbox)[0].startswith("train --distributed --config configs/")
+    assert calls(sandbox)[0].endswith("--config.training.seed=3")
+
+
+def test_unsuitable_python_is_refused_in_a_sentence(sandbox, tmp_path):
+    old = tmp_path / "python2"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    ran = run(sandbox, "launch/quickstart.sh", PYTHON=str(old))
+    assert ran.returncode == 2
+    assert ran.stderr == f"dsjax: {old} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=...\n"
