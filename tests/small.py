@@ -1,5 +1,6 @@
 """Small models, meshes and weights that tests share."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ MODEL = ModelConfig(
     num_nextn_predict_layers=1,
     aux_loss_alpha=1e-2,
 )
+
+DEEPER = dataclasses.replace(MODEL, num_hidden_layers=3)  # two MoE layers
 
 
 def mesh(data: int = 1, fsdp: int = 1, expert: int = 1) -> jax.sharding.Mesh:

@@ -71,7 +71,9 @@ def naive_attention(q, k, v, scale):
 
 
 # One block; one exactly; a block and one query; an odd number over several; more than eight minimal blocks.
-@pytest.mark.parametrize("length", [5, MIN_QUERY_BLOCK, MIN_QUERY_BLOCK + 1, 300, 1031])
+@pytest.mark.parametrize(
+    "length", [5, MIN_QUERY_BLOCK, MIN_QUERY_BLOCK + 1, 300, pytest.param(1031, marks=pytest.mark.slow)]
+)
 def test_blocks_and_their_gradient_equal_autodiff_of_the_naive_form(length):
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((1, length, 2, size)).astype(np.float32) for size in (6, 6, 4, 4))
@@ -97,3 +99,13 @@ def test_bf16_softmax_is_computed_in_fp32():
     wide = [a.astype(jnp.float32) for a in (q, k, v)]
     # Rounding of the probabilities and of the result, nothing more: scores up to 50 in BF16 would be 0.1 off.
     np.testing.assert_allclose(out.astype(jnp.float32), naive_attention(*wide, 3.0), atol=2e-2)
+
+
+def test_fp32_operands_are_multiplied_in_fp32_on_every_platform():
+    """CPUs always do; TPUs and GPUs only when every product says so."""
+    loss = lambda q: jnp.sum(causal_attention(q, q, q, 1.0))  # noqa: E731
+    for dtype, said in ((jnp.float32, True), (jnp.bfloat16, False)):
+        text = str(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, 5, 2, 4), dtype)))
+        # In BF16 one product is left that asks for it: the sum over out * dout, both widened first.
+        expected = text.count("dot_general[") if said else 1
+        assert text.count("HIGHEST") == 2 * expected > 0

@@ -12,7 +12,7 @@ import small
 from small import assert_trees_close
 
 from dsjax.model import dispatch as travel
-from dsjax.model.moe import ExpertWeights, Execution, routed_experts
+from dsjax.model.moe import Execution, ExpertWeights, routed_experts
 from dsjax.numerics.linear import recipe
 
 # Sequences of odd length. With three experts a token and at most eight ranks both branches of the buffer are taken.

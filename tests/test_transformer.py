@@ -18,6 +18,7 @@ from dsjax.model.dispatch import make_buffer
 from dsjax.model.moe import RoutingStats
 from dsjax.model.transformer import network
 from dsjax.planning.counts import parameters
+from dsjax.training.state import init_state
 from dsjax.training.step import language_model_loss
 
 MTP_WEIGHT = {"mtp_loss_weight": jnp.float32(0.3)}
@@ -54,8 +55,9 @@ def test_tree_has_exactly_the_published_number_of_parameters(repository, name, t
 @pytest.fixture(scope="module")
 def initial():
     """(parameters, routing biases) of a small model with two MoE layers, as NumPy arrays."""
-    model = dataclasses.replace(small.MODEL, num_hidden_layers=3, initializer_range=0.006)
-    return jax.device_get(jax.jit(network(model, small.execution()).init)(jax.random.key(0)))
+    assert small.DEEPER.initializer_range == 0.006
+    state = jax.device_get(init_state(small.config(small.DEEPER), small.mesh()))
+    return state.params, state.router_bias
 
 
 def test_matrices_start_normal_with_the_reports_deviation_and_norms_at_one(initial):

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
@@ -79,9 +80,15 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum with FP32 sums; FP32 operands are multiplied in FP32, where TPUs and GPUs would take BF16 or TF32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, start: int, scale: float) -> jax.Array:
     """Masked FP32 scores [B, N, T, S] of queries start.. against keys 0..S-1."""
-    scores = scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    scores = scale * _product("btnh,bsnh->bnts", q_BTNH, k_BSNH)
     positions_T, positions_S = start + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSNH.shape[1])
     visible_TS = positions_T[:, None] >= positions_S[None, :]
     return jnp.where(visible_TS[None, None], scores, -jnp.inf)
@@ -94,8 +101,8 @@ def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float):
         top_BNT1 = jnp.max(scores_BNTS, axis=-1, keepdims=True)
         weights_BNTS = jnp.exp(scores_BNTS - top_BNT1)
         total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
-        out = jnp.einsum("bnts,bsnh->btnh", (weights_BNTS / total_BNT1).astype(v_BTNH.dtype), v_BTNH[:, :end])
-        outs.append(out)
+        out = _product("bnts,bsnh->btnh", (weights_BNTS / total_BNT1).astype(v_BTNH.dtype), v_BTNH[:, :end])
+        outs.append(out.astype(v_BTNH.dtype))
         logsums.append(top_BNT1 + jnp.log(total_BNT1))
     out_BTNH = checkpoint_name(jnp.concatenate(outs, axis=1), "attention")
     logsum_BNT1 = checkpoint_name(jnp.concatenate(logsums, axis=2), "attention")
@@ -110,12 +117,12 @@ def _attention_bwd(scale: float, kept, dout_BTNH):
     for start, end in _query_blocks(q_BTNH.shape[1]):
         q, k, v, dout = q_BTNH[:, start:end], k_BTNH[:, :end], v_BTNH[:, :end], dout_BTNH[:, start:end]
         p_BNTS = jnp.exp(_scores(q, k, start, scale) - logsum_BNT1[:, :, start:end])
-        dp_BNTS = jnp.einsum("btnh,bsnh->bnts", dout, v, preferred_element_type=f32)
-        inner_BNT = jnp.einsum("btnh,btnh->bnt", dout.astype(f32), out_BTNH[:, start:end].astype(f32))
+        dp_BNTS = _product("btnh,bsnh->bnts", dout, v)
+        inner_BNT = _product("btnh,btnh->bnt", dout.astype(f32), out_BTNH[:, start:end].astype(f32))
         ds_BNTS = (scale * p_BNTS * (dp_BNTS - inner_BNT[..., None])).astype(q.dtype)
-        dq_blocks.append(jnp.einsum("bnts,bsnh->btnh", ds_BNTS, k, preferred_element_type=f32))
-        dk = jnp.einsum("bnts,btnh->bsnh", ds_BNTS, q, preferred_element_type=f32)
-        dv = jnp.einsum("bnts,btnh->bsnh", p_BNTS.astype(v.dtype), dout, preferred_element_type=f32)
+        dq_blocks.append(_product("bnts,bsnh->btnh", ds_BNTS, k))
+        dk = _product("bnts,btnh->bsnh", ds_BNTS, q)
+        dv = _product("bnts,btnh->bsnh", p_BNTS.astype(v.dtype), dout)
         dk_BTNH = dk_BTNH.at[:, :end].add(dk)
         dv_BTNH = dv_BTNH.at[:, :end].add(dv)
     dq_BTNH = jnp.concatenate(dq_blocks, axis=1)

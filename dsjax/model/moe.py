@@ -118,10 +118,9 @@ def routed_experts(
     def local(x_BTD, router_DE, bias_E, weights):
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
         choice = route(checkpoint_name(logits_BTE, "router"), bias_E, config)
-        y_MD, held, rounds = _exchange(x_BTD, choice, _gather_fsdp(weights, execution.mesh), execution)
+        y_MD, dropped, rounds = _exchange(x_BTD, choice, _gather_fsdp(weights, execution.mesh), execution)
         experts_1 = jnp.arange(config.n_routed_experts)[None]
         load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
-        dropped = jnp.sum(load_E) - held
         balance = jnp.mean(sequence_balance_loss(choice.scores_BTE, config))
         per_device = jax.tree.map(lambda s: s[None], (load_E, balance, dropped, rounds))
         return y_MD.reshape(x_BTD.shape), per_device
@@ -149,7 +148,7 @@ def _gather_fsdp(weights: ExpertWeights, mesh: Mesh) -> ExpertWeights:
 def _exchange(
     x_BTD: jax.Array, choice: Choice, weights: ExpertWeights, execution: Execution
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [M, D], assignments computed for this device's tokens, rounds), by the dispatch form in force."""
+    """(y [M, D], assignments that no round of this rank computed, rounds), by the dispatch form in force."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     experts_MK = choice.experts_BTK.reshape(len(x_MD), -1)
     weights_MK = choice.weights_BTK.reshape(len(x_MD), -1)
@@ -161,9 +160,8 @@ def _exchange(
     ranks = execution.mesh.shape["expert"]
     x_MD, experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (x_MD, experts_MK, weights_MK))
     rank = lax.axis_index("expert")
-    y_MD, held, rounds = _own_experts(x_MD, experts_MK, weights_MK, weights, ranks, rank, recipe, capacity)
-    y_MD = lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
-    return y_MD, lax.psum(held, "expert") / ranks, rounds
+    y_MD, dropped, rounds = _own_experts(x_MD, experts_MK, weights_MK, weights, ranks, rank, recipe, capacity)
+    return lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True), dropped, rounds
 
 
 def _own_experts(
@@ -176,7 +174,7 @@ def _own_experts(
     recipe: Recipe,
     capacity_factor: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [M, D] of the experts that this rank owns, assignments computed, rounds)."""
+    """(y [M, D] of the experts that this rank owns, assignments that no round computed, rounds)."""
     count = len(weights.gate_EDF)
     tokens, choices = experts_MK.shape
     buffer = travel.make_buffer(tokens, choices, count, ranks, capacity_factor)
@@ -195,8 +193,8 @@ def _own_experts(
     else:
         rounds = travel.rounds_needed(by_expert, buffer)
         y_MD = travel.in_rounds(one_round, operands, by_expert, rounds)
-    held = jnp.minimum(by_expert.starts_E[-1], rounds * buffer.assignments)
-    return y_MD, held.astype(jnp.float32), rounds.astype(jnp.float32)
+    dropped = jnp.maximum(0, by_expert.starts_E[-1] - rounds * buffer.assignments)
+    return y_MD, dropped, rounds.astype(jnp.float32)
 
 
 def _feed_forward(

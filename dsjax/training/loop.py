@@ -182,7 +182,7 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
     """A function that measures a state on `evaluation.sequences` rows, the same ones whatever the training seed.
 
     Its result are fields of a row of metrics.jsonl: nats per token, and nats per byte of the text that a token stands
-    for. Where the split has fewer rows, some are read twice.
+    for. Where the split has fewer rows, all of them are read, and as many twice as fill the last batch.
     """
     loader = Loader(prepared, config.data, seed=0, split="validation")
     evaluate = evaluate_step(config, mesh)
@@ -192,7 +192,8 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
         rows = lambda indices: loader.rows([start + index for index in indices])  # noqa: E731
         return place_batch(rows, (size, config.data.sequence_length + 1), mesh)
 
-    parts = [place(start) for start in range(0, config.evaluation.sequences, size)]
+    sequences = min(config.evaluation.sequences, -(-loader.num_rows // size) * size)
+    parts = [place(start) for start in range(0, sequences, size)]
 
     def validate(state: TrainState) -> dict[str, float]:
         loss = float(np.mean([evaluate(state, tokens)["loss"] for tokens in parts]))
