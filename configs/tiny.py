@@ -26,9 +26,9 @@ def get_config():
         warmup_tokens=20 * 32 * 256,
         decay_learning_rate=3e-4,
     )
-    config.training.update(total_steps=300, batch_size=32)
-    config.training.bias_update_speed = 0.02  # V3's 0.001 has 227,800 steps to balance the experts, this has 300
-    config.evaluation.update(every_steps=100, sequences=64)
+    config.training.update(total_steps=200, batch_size=32)
+    config.training.bias_update_speed = 0.02  # V3's 0.001 has 244,108 steps to balance the experts, this has 200
+    config.evaluation.update(every_steps=50, sequences=64)
 
     config.precision = "fp32"  # CPUs are slow in BF16
     config.hardware.price_per_chip_hour = 0.08  # a small cloud machine; on a CPU the whole machine is the chip

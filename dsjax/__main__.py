@@ -5,6 +5,7 @@ environment that it reads at import has been set.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -38,6 +39,8 @@ SIMULATED_FLAGS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status is 0, 1 for a failure that was told, 2 for a user's mistake, 130 for SIGINT."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a character must not end a run
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -58,10 +61,10 @@ def _run(argv: list[str]) -> int:
     words, overrides = _split_overrides(argv)
     _check_flags(words, commands.get(argv[0], parser))
     args, rest = parser.parse_known_args(words)
-    if rest:
-        raise ConfigError(f'unexpected argument "{rest[0]}"; see dsjax {args.command} --help')
     if args.command is None:
         raise ConfigError(f"no command; valid are {', '.join(commands)}")
+    if rest:
+        raise ConfigError(f'unexpected argument "{rest[0]}"; see dsjax {args.command} --help')
     if overrides and "config" not in args:
         raise ConfigError(f"dsjax {args.command} reads no config file, so --config.{overrides[0]} has no effect")
     config = None
@@ -129,22 +132,23 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     report = add("report", _report, "draw the curves of a run to PNG and one HTML page")
     bench = add("bench", _bench, "time the train step and print JSON")
 
+    path = os.path.expanduser  # shells leave the ~ of --workdir=~/run alone
     for command in (prepare, train, bench):
         command.add_argument(
-            "--config", required=True, metavar="FILE.py[:ARGUMENT]", help="a file like configs/tiny.py"
+            "--config", required=True, type=path, metavar="FILE.py[:ARGUMENT]", help="a file like configs/tiny.py"
         )
         command.add_argument("--config.SECTION.FIELD", metavar="VALUE", help="change one field of the configuration")
     for command in (train, generate, bench):
         command.add_argument("--devices", type=int, metavar="N", help="simulate N devices on the CPU")
-    train.add_argument("--workdir", required=True, metavar="DIR", help="the directory of the run")
+    train.add_argument("--workdir", required=True, type=path, metavar="DIR", help="the directory of the run")
     train.add_argument("--distributed", action="store_true", help="one of several processes (SLURM, TPU pod, ...)")
-    generate.add_argument("--checkpoint", required=True, metavar="RUN", help="the directory of a run")
+    generate.add_argument("--checkpoint", required=True, type=path, metavar="RUN", help="the directory of a run")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
-    report.add_argument("run", metavar="RUN", help="the directory of a run")
-    report.add_argument("--out", metavar="DIR", help="where to write; default: inside the run")
+    report.add_argument("run", type=path, metavar="RUN", help="the directory of a run")
+    report.add_argument("--out", type=path, metavar="DIR", help="where to write; default: inside the run")
     bench.add_argument("--baseline", choices=("dense",), help="time a dense model of equal active parameters too")
     bench.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, at least 10")
     return parser, dict(commands.choices)

@@ -3,13 +3,14 @@
 The sentences start with the field and end with what to do. `dsjax.config.check` raises the first one.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsjax.sections import did_you_mean
 
 if TYPE_CHECKING:
-    from dsjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+    from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 
 # A field may be None where its type says so; then the rule does not apply.
 POSITIVE = """
@@ -20,7 +21,7 @@ POSITIVE = """
     model.max_position_embeddings model.rms_norm_eps model.initializer_range
     model.rope_scaling.original_max_position_embeddings model.rope_scaling.beta_fast model.rope_scaling.beta_slow
     model.rope_scaling.mscale model.rope_scaling.mscale_all_dim
-    mesh.fsdp mesh.expert dispatch.capacity_factor data.sequence_length
+    mesh.fsdp mesh.expert dispatch.capacity_factor
     optimizer.learning_rate optimizer.eps optimizer.clip_norm
     training.total_steps training.batch_size training.microbatch_size training.initial_batch_size
     training.loss_chunk_size checkpoint.every_steps checkpoint.keep_last
@@ -42,10 +43,13 @@ CHOICES = {
     "model.topk_method": ("noaux_tc", "greedy", "group_limited_greedy"),
     "model.scoring_func": ("sigmoid", "softmax"),
     "model.rope_scaling.type": ("yarn",),
+    "model.mtp_hidden_state": ("post_norm", "pre_norm"),
     "dispatch.form": ("auto", "local", "all_gather"),
     "optimizer.moment_dtype": ("bfloat16", "float32"),
     "training.remat": ("none", "deepseek", "full"),
 }
+
+NOT_EMPTY = ("data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
 
 SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME")
 
@@ -53,11 +57,11 @@ SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME")
 def problems(config: "Config") -> Iterator[str]:
     """Every reason why `config` cannot be trained, lazily: the relations between fields rely on sound single fields."""
     yield from _single_fields(config)
+    yield from data_problems(config.data)
     yield from _routing(config.model)
     yield from _positions(config)
     yield from _mesh(config)
     yield from _batches(config.mesh, config.training)
-    yield from _data(config)
     yield from _optimizer(config.optimizer)
     yield from _phases(config.training)
 
@@ -83,10 +87,11 @@ def _single_fields(config: "Config") -> Iterator[str]:
         value = _value(config, path)
         if value is not None and value not in names:
             yield f'unknown {path} "{value}"{did_you_mean(value, names)}'
-    if not 0 <= config.data.fim_rate <= 1:
-        yield f"data.fim_rate is {config.data.fim_rate}, but is a share of documents, from 0 to 1"
-    if not 0 < config.data.validation_fraction < 1:
-        yield f"data.validation_fraction is {config.data.validation_fraction}, but must lie between 0 and 1"
+    for path in NOT_EMPTY:
+        if _value(config, path) == "":
+            yield f"{path} is an empty text; give one, or leave the field as it is"
+    if config.data.validation_fraction == 0:
+        yield "data.validation_fraction is 0, but a run measures its validation loss; set it above 0"
     if config.model.num_nextn_predict_layers not in (0, 1):
         yield f"model.num_nextn_predict_layers is {config.model.num_nextn_predict_layers}, but must be 0 or 1"
     if config.mesh.data < 1 and config.mesh.data != -1:
@@ -205,8 +210,8 @@ def _batches(mesh: "MeshConfig", training: "TrainingConfig") -> Iterator[str]:
         yield f"training.initial_batch_size = {start} is not a multiple of {name} = {micro}; set a smaller microbatch"
 
 
-def _data(config: "Config") -> Iterator[str]:
-    data = config.data
+def data_problems(data: "DataConfig") -> Iterator[str]:
+    """Every reason why `data` cannot be prepared; what of it exists, only preparing shows."""
     if not data.sources:
         yield f"data.sources is empty; name at least one of {', '.join(SOURCES)}"
     for source in data.sources:
@@ -216,10 +221,17 @@ def _data(config: "Config") -> Iterator[str]:
     if data.weights is not None:
         if len(data.weights) != len(data.sources):
             yield f"data.weights has {len(data.weights)} numbers for {len(data.sources)} data.sources; give one each"
-        if min(data.weights, default=1) <= 0:
-            yield f"data.weights holds {min(data.weights)}, but every weight must be above 0; leave the source out"
+        for weight in data.weights:
+            if not 0 < weight < math.inf:
+                yield f"data.weights holds {weight}, but every weight must be above 0; leave the source out"
     if data.tokenizer not in ("bytes", "deepseek") and not data.tokenizer.endswith(".json"):
         yield f'unknown data.tokenizer "{data.tokenizer}"; valid are bytes, deepseek, or a path to a tokenizer.json'
+    if data.sequence_length < 1:
+        yield f"data.sequence_length is {data.sequence_length}, but must be above 0"
+    if not 0 <= data.fim_rate <= 1:
+        yield f"data.fim_rate is {data.fim_rate}, but is a share of documents, from 0 to 1"
+    if not 0 <= data.validation_fraction < 1:
+        yield f"data.validation_fraction is {data.validation_fraction}, but is a share of documents, below 1"
 
 
 def _optimizer(optimizer: "OptimizerConfig") -> Iterator[str]:

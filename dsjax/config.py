@@ -275,14 +275,14 @@ def _run_file(path: str) -> dict[str, Any]:
         result = namespace["get_config"](argument) if dot_py else namespace["get_config"]()
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(_told(error, file, source)) from error
     if not callable(getattr(result, "to_dict", None)):
         raise ConfigError(f"get_config() of {file} must return base_config() with changes, but returned {result!r}")
     return result.to_dict()
 
 
-def _told(error: Exception, file: str, source: str) -> str:
+def _told(error: BaseException, file: str, source: str) -> str:
     """One sentence about an exception that a config file raised, with the line of the file it came from."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file and frame.lineno

@@ -68,6 +68,8 @@ def unknown(root: type, path: str) -> str:
     parent, _, last = path.rpartition(".")
     if parent and parent not in known:
         return unknown(root, parent)
+    if parent and not any(name.startswith(parent + ".") for name in known):
+        return f"unknown field {path}; {parent} is a field, not a section"
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
     anywhere = {name.rpartition(".")[2]: name for name in known}
     near = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]

@@ -11,7 +11,8 @@ if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_in
     echo "dsjax: ${PYTHON:-python3} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2
     exit 2
 fi
-if [ ! -x "$dsjax_venv/bin/python" ]; then
+# Without the system's venv package, Python makes an environment that lacks pip, and fails.
+if [ ! -x "$dsjax_venv/bin/python" ] || [ ! -x "$dsjax_venv/bin/pip" ]; then
     echo "making a virtual environment in $dsjax_venv"
     "${PYTHON:-python3}" -m venv "$dsjax_venv"
 fi

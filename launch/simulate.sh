@@ -14,6 +14,9 @@ fi
 devices=$1
 config=$2
 shift 2
+if [ "${config#/}" = "$config" ] && [ -f "${config%:*}" ]; then
+    config=$PWD/$config  # a path from where the caller stands
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh plots
 

@@ -8,7 +8,7 @@ import small
 
 from dsjax.config import ConfigError, load
 from dsjax.planning import counts
-from dsjax.training import machine as module
+from dsjax.training import machine
 from dsjax.training.bench import bench
 
 LENGTH = 16
@@ -27,8 +27,8 @@ SHARED = {"matmul_tflops_per_second", "steps", "precision", "devices", "mesh", "
 
 @pytest.fixture
 def fast_matmul(monkeypatch):
-    assert module.MATMUL_SIZE == 2048
-    monkeypatch.setattr(module, "MATMUL_SIZE", 256)
+    assert machine.MATMUL_SIZE == 2048
+    monkeypatch.setattr(machine, "MATMUL_SIZE", 256)
 
 
 def config(**training):
@@ -40,10 +40,10 @@ def config(**training):
 
 def check_figures(figures, model, batch_size, matmul_tflops):
     per_second = figures["tokens_per_second"]
-    assert per_second * figures["step_seconds"] == pytest.approx(batch_size * LENGTH, rel=1e-3)
+    assert per_second * figures["step_seconds"] == pytest.approx(batch_size * LENGTH, rel=2e-3)
     tflops = per_second * counts.flops_per_token(model, LENGTH) / 1e12
-    assert figures["model_tflops_per_second"] == pytest.approx(tflops, rel=1e-3)
-    assert figures["mfu"] == pytest.approx(tflops / matmul_tflops, rel=1e-3)
+    assert figures["model_tflops_per_second"] == pytest.approx(tflops, rel=2e-3)
+    assert figures["mfu"] == pytest.approx(tflops / matmul_tflops, rel=2e-3)
     assert figures["compile_seconds"] > 0
     assert figures["parameters"] == counts.parameters(model).trainable
     # FP32 weights, moments of 2 x 2 bytes; matrices are cut over 4 devices at most.

@@ -274,6 +274,7 @@ def test_only_harmless_changes_let_a_run_go_on():
         ("data", "tokenizer", "deepseek"),
         ("data", "sources", ("text_files:other",)),
         ("training", "seed", 1),
+        ("optimizer", "moment_dtype", "float32"),
     ],
 )
 def test_a_run_of_another_model_data_or_seed_is_refused(section, field, value):

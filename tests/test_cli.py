@@ -93,6 +93,7 @@ def test_module_and_script_are_the_same_program(repository):
         ("bench --config TINY --steps 3", "--steps is 3"),
         ("bench --config TINY --baseline sparse", "argument --baseline: invalid choice: 'sparse'"),
         ("--wat", "unknown flag --wat"),
+        ("-x", "no command; valid are prepare, train,"),
     ],
 )
 def test_mistake_is_one_sentence_and_exits_2(capsys, called, tiny, line, sentence):
@@ -108,6 +109,14 @@ def test_overrides_are_read_in_both_spellings(called, tiny):
     assert main(words) == 0
     config, workdir = called["train"]
     assert (config.training.seed, config.mesh.data, workdir) == (7, -1, "w")
+
+
+def test_tilde_is_the_home_directory_in_every_spelling(called, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert main(["train", "--config", tiny, "--workdir=~/run"]) == 0
+    assert called["train"][1] == "/home/me/run"
+    assert main(["report", "~/run", "--out=~/page"]) == 0
+    assert called["report"] == ("/home/me/run", "/home/me/page")
 
 
 def test_devices_are_simulated_through_the_environment(called, tiny, monkeypatch):

@@ -124,6 +124,7 @@ UNKNOWN = [
         "model.rope_scaling.facter",
         "unknown field model.rope_scaling.facter; did you mean model.rope_scaling.factor?",
     ),
+    ("model.hidden_size.x", "unknown field model.hidden_size.x; model.hidden_size is a field, not a section"),
     ("mesh.zebra", "unknown field mesh.zebra; valid are mesh.data, mesh.fsdp, mesh.expert"),
 ]
 
@@ -199,6 +200,7 @@ def test_a_section_spoiled_by_the_file_is_not_hidden_by_an_override(write):
         ("def get_config(): return None", "but returned None"),
         ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
         ("import no_such_module", "line 1: ModuleNotFoundError"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
         ("x = '\\0'.join(\0)", "not Python"),
     ],
 )
@@ -242,7 +244,11 @@ IMPOSSIBLE = [
     (dict(model=dict(rope_scaling=RopeScaling(type="linear"))), 'unknown model.rope_scaling.type "linear"'),
     (dict(model=dict(num_nextn_predict_layers=2)), "must be 0 or 1"),
     (dict(data=dict(fim_rate=1.1)), "data.fim_rate is 1.1"),
-    (dict(data=dict(validation_fraction=0.0)), "data.validation_fraction is 0.0"),
+    (dict(data=dict(validation_fraction=0.0)), "data.validation_fraction is 0, but a run measures"),
+    (dict(data=dict(directory="")), "data.directory is an empty text"),
+    (dict(data=dict(validation_fraction=1.0)), "data.validation_fraction is 1.0"),
+    (dict(data=dict(sequence_length=0)), "data.sequence_length is 0"),
+    (dict(model=dict(mtp_hidden_state="post")), 'unknown model.mtp_hidden_state "post"; did you mean post_norm?'),
     (dict(mesh=dict(data=0)), "mesh.data is 0"),
     (dict(model=dict(num_experts_per_tok=17)), "only 16 experts to choose from"),
     (dict(model=dict(n_group=3)), "model.n_routed_experts = 16 does not divide into model.n_group = 3"),

@@ -308,7 +308,7 @@ def test_damaged_manifest_is_not_taken_for_complete(make):
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options):
-    with pytest.raises(ConfigError, match=f"config.data.{next(iter(options))}"):
+    with pytest.raises(ConfigError, match=f"^data.{next(iter(options))}"):
         prepare.prepare(DataConfig(directory=str(tmp_path), **options))
 
 
@@ -316,6 +316,25 @@ def test_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="config.data.directory"):
         prepare.prepare(DataConfig(directory=str(tmp_path / "file" / "data")))
+
+
+@pytest.mark.parametrize("function", ["pack", "shown"])
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("9 requested and 5 written"), "9 requested and 5 written"),
+        (RuntimeError("write() failed: No space left on device; writing x"), "write.. failed: No space left on device"),
+    ],
+)
+def test_full_disk_is_told_and_leaves_nothing(make, monkeypatch, tmp_path, function, error, reason):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(prepare, function, fail)
+    with pytest.raises(ConfigError, match=rf"cannot be prepared in .*data \({reason}\); look at the space"):
+        make(TEXTS)
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_preparation_needs_neither_tensorflow_nor_jax():

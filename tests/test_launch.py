@@ -39,18 +39,19 @@ def sandbox(repository, tmp_path):
     programs.mkdir(parents=True)
     (programs / "dsjax").write_text(FAKE_DSJAX)
     (programs / "dsjax").chmod(0o755)
-    (programs / "python").symlink_to(shutil.which("python3"))
+    for name in ("python", "pip"):
+        (programs / name).symlink_to(shutil.which("python3"))
     stamp = (root / "setup.cfg").read_text() + (root / "pyproject.toml").read_text()
     for extra in ("plots", "tpu"):
         (root / ".venv" / f"installed-{extra}").write_text(stamp)
     return root
 
 
-def run(sandbox, script, *arguments, **environment):
+def run(sandbox, script, *arguments, cwd="/", **environment):
     environment = {**os.environ, "CALLS": str(sandbox / "calls"), **environment}
     environment.pop("DSJAX_VENV", None)
     command = ["bash", str(sandbox / script), *arguments]
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def calls(sandbox) -> list[str]:
@@ -86,6 +87,13 @@ def test_simulate_passes_its_arguments_on(sandbox):
     assert ran.returncode == 0, ran.stderr
     expected = "train --config configs/tiny.py --devices 4 --workdir runs/tiny-on-4 --config.training.total_steps=2"
     assert calls(sandbox) == [expected]
+
+
+def test_simulate_finds_a_config_where_the_caller_stands(sandbox, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    ran = run(sandbox, "launch/simulate.sh", "2", "mine.py:form", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert calls(sandbox) == [f"train --config {tmp_path}/mine.py:form --devices 2 --workdir runs/mine-on-2"]
 
 
 def test_simulate_without_arguments_tells_its_usage(sandbox):

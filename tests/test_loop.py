@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dsjax.config import (
     TrainingConfig,
     to_dict,
 )
+from dsjax.data.loader import Loader
 from dsjax.training import checkpoint, loop
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
@@ -223,7 +225,25 @@ def test_a_directory_of_something_else_is_refused(config, tmp_path):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match="set --config.model.vocab_size=260 or more"):
-        train(change(config, "model", vocab_size=200), tmp_path)
+        train(change(config, "model", vocab_size=200), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_config_beside_checkpoints_does_not_lose_the_run(config, straight, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[0], workdir)
+    (workdir / CONFIG).write_text("{")
+    assert train(config, workdir).step == STEPS
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_validation_reads_no_more_than_the_split_holds(config, monkeypatch):
+    placed = []
+    monkeypatch.setattr(loop, "place_batch", lambda rows, shape, mesh: placed.append(shape[0]))
+    prepared = loop.prepare(config.data, progress=False)
+    rows = Loader(prepared, config.data, seed=0, split="validation").num_rows
+    loop.make_validation(change(config, "evaluation", sequences=10**9), loop.make_mesh(config.mesh), prepared)
+    assert rows <= sum(placed) < rows + placed[0]
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(config, tmp_path):

@@ -114,6 +114,28 @@ def test_a_loss_that_is_no_number_is_null_and_told_once(tmp_path, value):
     assert stream.getvalue().count("WARNING") == 1
 
 
+def test_a_validation_loss_that_is_no_number_is_null_and_told(tmp_path):
+    stream = io.StringIO()
+    monitor = make(tmp_path, stream=stream)
+    monitor.write(monitor.measure(step(1)) | {"validation_loss": float("nan")})
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["validation_loss"] is None
+    assert "WARNING: validation_loss is not a finite number at step 1" in stream.getvalue()
+
+
+def test_a_closed_pipe_silences_the_console_and_nothing_else(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monitor = make(tmp_path, stream=Closed())
+    for number in (1, 2):
+        monitor.write(monitor.measure(step(number)))
+    monitor.say("done")
+    monitor.close()
+    assert [row["step"] for row in read_rows(tmp_path / METRICS)] == [1, 2]
+
+
 def test_a_dense_model_without_mtp_has_no_loads(tmp_path):
     config = dataclasses.replace(CONFIG, model=ModelConfig(first_k_dense_replace=4, num_nextn_predict_layers=0))
     metrics = {"loss": jnp.float32(1), "mtp_loss": jnp.float32(0), "grad_norm": jnp.float32(1)}

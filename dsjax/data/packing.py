@@ -141,7 +141,7 @@ def _move_tail(train: Stream, validation: Stream, data: DataConfig) -> None:
     if train.tokens < count + row:
         raise ConfigError(
             f"{train.tokens + validation.tokens} tokens are too few for a row of {row} to train on and one to validate "
-            "on; give more text, a smaller --config.data.sequence_length, or --config.data.validation_fraction=0"
+            "on; give more text or a smaller --config.data.sequence_length"
         )
     with open(validation.path, "ab") as file:
         train.read()[-count:].tofile(file)

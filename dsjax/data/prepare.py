@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dsjax.checks import data_problems
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import sources, tokenizer
 from dsjax.data.packing import Packed, Stream, pack
@@ -134,22 +135,8 @@ def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
 
 def check(data: DataConfig) -> None:
     """Raises ConfigError for sources, weights, rates or a length that cannot be."""
-    if not data.sources:
-        raise ConfigError("--config.data.sources is empty; name at least one source, such as python_stdlib")
-    if data.weights is not None and len(data.weights) != len(data.sources):
-        raise ConfigError(
-            f"--config.data.weights has {len(data.weights)} weights for {len(data.sources)} sources; give one each"
-        )
-    if data.weights is not None and not all(0 < weight < float("inf") for weight in data.weights):
-        raise ConfigError(f"--config.data.weights must be positive, got {data.weights}; leave out unwanted sources")
-    if not 0 <= data.fim_rate <= 1:
-        raise ConfigError(f"--config.data.fim_rate is a share from 0 to 1, got {data.fim_rate}")
-    if not 0 <= data.validation_fraction < 1:
-        raise ConfigError(
-            f"--config.data.validation_fraction is a share from 0 to below 1, got {data.validation_fraction}"
-        )
-    if data.sequence_length < 1:
-        raise ConfigError(f"--config.data.sequence_length must be at least 1, got {data.sequence_length}")
+    for problem in data_problems(data):
+        raise ConfigError(problem)
 
 
 def summary(prepared: Prepared) -> str:
@@ -215,6 +202,12 @@ def _prepare_source(source: Source, tokens: Tokenizer, data: DataConfig, root: P
                 raise
             # Another process was first, and its result is the same.
         return _existing(directory, digest)
+    except (OSError, RuntimeError) as error:  # on a full disk NumPy raises the former, array_record the latter
+        reason = getattr(error, "strerror", None) or str(error).partition(";")[0]
+        raise ConfigError(
+            f"{source.title} cannot be prepared in {root} ({reason}); look at the space and rights there, or set "
+            "--config.data.directory"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

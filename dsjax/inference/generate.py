@@ -14,6 +14,7 @@ from dsjax.config import Config, ConfigError, MeshConfig, from_dict
 from dsjax.data import tokenizer as tokenizers
 from dsjax.sharding import make_mesh
 from dsjax.training import checkpoint
+from dsjax.training.machine import use_compile_cache
 from dsjax.training.state import abstract_state, build_network
 
 LENGTH_BUCKET = 64  # sequences are padded to a multiple, so that prompts of similar length share a program
@@ -37,6 +38,7 @@ def generate_from_run(run: str, prompt: str, max_new_tokens: int, temperature: f
     if step is None:
         raise ConfigError(f"{run} holds no checkpoint of a dsjax run; give the --workdir of a run that saved one")
     config = from_dict(checkpoint.read_meta(directory, step)["config"])
+    use_compile_cache(config.monitor.compile_cache)
     mesh = _mesh_for(config.mesh)
     text = tokenizers.load(config.data.tokenizer)
     ids = text.encode(prompt) or [text.eos_id]

@@ -20,8 +20,8 @@ from dsjax.config import Config, ConfigError, from_dict, to_dict
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 DELETED = "*.deleted"
 
-# What decides the meaning of the weights and the order of the data: a run that goes on cannot change it.
-FIXED = ("model.", "data.", "training.seed")
+# What decides the arrays, their meaning, and the order of the data: a run that goes on cannot change it.
+FIXED = ("model.", "data.", "training.seed", "optimizer.moment_dtype")
 FREE = ("data.directory",)  # where the data lies; what it is, the fingerprint tells
 
 
@@ -224,7 +224,7 @@ def _kind(array: Any) -> str:
 def _reason(error: Exception) -> str:
     if "No space left on device" in str(error):
         return "no space left on the device"
-    lines = str(error).strip().splitlines()
+    lines = str(error).partition("See full TensorStore details")[0].strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 

@@ -6,7 +6,6 @@ state is two integers, steps done and sequences seen.
 
 import contextlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from dsjax.planning import counts
 from dsjax.sharding import check_batch, make_mesh
 from dsjax.training import checkpoint
 from dsjax.training.interrupt import EXIT_CODES, Interrupt
-from dsjax.training.machine import machine
+from dsjax.training.machine import machine, use_compile_cache
 from dsjax.training.monitor import Monitor, Step, duration, magnitude
 from dsjax.training.report import report
 from dsjax.training.schedule import Schedule
@@ -69,10 +68,10 @@ def train(config: Config, workdir: str | Path) -> Summary:
         cannot be used.
     """
     workdir = Path(workdir)
-    claim(workdir)
     use_compile_cache(config.monitor.compile_cache)
     mesh = make_mesh(config.mesh)
     check_fit(config, mesh)
+    claim(workdir)
     prepared = prepare(config.data)
     loader = Loader(prepared, config.data, config.training.seed)
     position, changes = find_start(config, workdir, loader.fingerprint)
@@ -123,14 +122,6 @@ def train(config: Config, workdir: str | Path) -> Summary:
                 break
         monitor.warn(saver.finish())
     return conclude(config, workdir, position, latest, monitor, interrupt)
-
-
-def use_compile_cache(directory: str | None) -> None:
-    """Keeps every compiled program in `directory` for the next start; None leaves JAX as it is."""
-    if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def check_fit(config: Config, mesh: Mesh) -> None:

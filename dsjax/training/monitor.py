@@ -122,12 +122,13 @@ class Monitor:
         }
         self._recent.append((tokens, step_seconds))
         self._write_expert_load(step.step, load_LE)
-        return {name: _plain(value) for name, value in row.items()}
+        return row
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row` to metrics.jsonl and shows it."""
-        for name in ("loss", "grad_norm"):
-            if row[name] is None:
+        """Appends `row` to metrics.jsonl and shows it; what is not a finite number is written as null, and told."""
+        row = {name: _plain(value) for name, value in row.items()}
+        for name in ("loss", "grad_norm", "validation_loss"):
+            if name in row and row[name] is None:
                 self.warn(f"{name} is not a finite number at step {row['step']}", once=f"{name} is not finite")
         self._validation_loss = row.get("validation_loss") or self._validation_loss
         self._append(METRICS, row)
@@ -252,9 +253,13 @@ class Console:
         self._line_is_open = True
 
     def _print(self, text: str) -> None:
-        if self._enabled:
+        if not self._enabled:
+            return
+        try:
             self._stream.write(text)
             self._stream.flush()
+        except OSError:  # whoever read the output is gone; the run goes on, and metrics.jsonl has it all
+            self._enabled = False
 
 
 def duration(seconds: float) -> str:

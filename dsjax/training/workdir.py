@@ -31,7 +31,7 @@ def claim(workdir: Path) -> None:
             f"the run directory {workdir} cannot be used ({error.strerror}); choose another --workdir"
         ) from error
     foreign = [name for name in names if not name.startswith(".") and not name.endswith(LOGS)]
-    if foreign and _read(workdir) is None:
+    if foreign and _read(workdir) is None and CHECKPOINTS not in names:
         raise ConfigError(
             f"{workdir} is not the directory of a run but holds {', '.join(foreign[:3])}"
             f"{' and more' if len(foreign) > 3 else ''}; choose a new or empty directory for --workdir"
