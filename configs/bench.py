@@ -29,7 +29,6 @@ def get_config():
         v_head_dim=32,
         num_nextn_predict_layers=0,
     )
-    config.mesh.update(data=1, fsdp=1, expert=1)
     config.data.sequence_length = 256
     config.training.update(batch_size=8, remat="deepseek", loss_chunk_size=512)  # the quickest on CPUs
     config.evaluation.sequences = 8

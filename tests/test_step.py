@@ -211,3 +211,10 @@ def test_every_device_gets_its_own_rows_of_the_batch(mesh, lead):
     assert batch.sharding.spec == (PartitionSpec(None, AXES) if lead else BATCH)
     assert all(len(indices) == 2 for indices in asked)
     assert sorted(sum(asked, [])) == list(range(count))
+
+
+@pytest.mark.parametrize(("platform", "form"), [("cpu", "blocks"), ("cuda", "ragged_dot"), ("tpu", "ragged_dot")])
+def test_step_lowers_for_every_platform_with_its_own_grouped_matmul(mesh, platform, form):
+    arguments = (abstract_state(CONFIG, mesh), TOKENS, np.int32(1), RATES)
+    program = pretrain_step(CONFIG, mesh).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in program) == (form == "ragged_dot")

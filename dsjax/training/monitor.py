@@ -151,7 +151,7 @@ class Monitor:
     def cost(self) -> str:
         """What the run has cost until now, and why."""
         self._pass_time()
-        return f"{_dollars(self.cost_usd)} ({self._machine.note})"
+        return f"{dollars(self.cost_usd)} ({self._machine.note})"
 
     def close(self) -> None:
         """Shows the last step, if it was not, and ends the progress line."""
@@ -202,7 +202,7 @@ class Monitor:
             f"{magnitude(tokens / seconds)} tok/s",
             "" if self._validation_loss is None else f"val {self._validation_loss:.4f}",
             "" if mfu is None else f"MFU {mfu:.1%}",
-            _dollars(row["cost_usd"]),
+            dollars(row["cost_usd"]),
             "" if mtp is None else f"mtp {mtp:.4f}",
             f"lr {row['lr']:.2e}",
         ]
@@ -281,7 +281,8 @@ def magnitude(number: float) -> str:
     return f"{number:.{digits}f}{letter}"
 
 
-def _dollars(amount: float) -> str:
+def dollars(amount: float) -> str:
+    """With cents, or with hundredths of them where there is less than one: $5,576,000.00, $0.0045."""
     return f"${amount:,.2f}" if amount >= 0.01 or amount == 0 else f"${amount:.4f}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsjax.config import Config, ConfigError
 from dsjax.planning import counts
-from dsjax.training.monitor import duration, magnitude, read_rows
+from dsjax.training.monitor import dollars, duration, magnitude, read_rows
 from dsjax.training.workdir import EXPERT_LOAD, METRICS, PLOTS, REPORT, read_config
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _facts(config: Config, rows: Rows) -> dict[str, str]:
         f", MFU {statistics.median(known('mfu')):.1%}" if known("mfu") else ""
     )
     facts["time"] = duration(last["seconds"])
-    facts["cost"] = f"${last['cost_usd']:,.2f}"
+    facts["cost"] = dollars(last["cost_usd"])
     facts["dropped tokens"] = f"{sum(known('dropped_tokens')):,.0f}"
     return facts
 

@@ -1,0 +1,77 @@
+"""Several real processes train as one, joined the way a SLURM cluster joins them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dsjax.training.workdir import METRICS
+
+CONFIG = """
+from dsjax.config import base_config
+
+def get_config():
+    config = base_config()
+    config.model.update(
+        hidden_size=32, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=8,
+        num_experts_per_tok=2, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8)
+    config.mesh.expert = 2
+    config.data.update(sources=("text_files:{folder}/text",), sequence_length=16, directory="{folder}/data",
+                       validation_fraction=0.2)
+    config.training.update(total_steps=4, batch_size=8)
+    config.evaluation.sequences = 8
+    config.precision = "fp32"
+    config.hardware.peak_flops_per_second = 1e11
+    config.monitor.compile_cache = None
+    return config
+"""
+
+
+def command(folder, workdir, *flags):
+    config = folder / "config.py"
+    return [sys.executable, "-m", "dsjax", "train", "--config", str(config), "--workdir", str(workdir), *flags]
+
+
+def slurm(rank: int, job: str) -> dict[str, str]:
+    """What `srun` sets for one of two tasks on this machine."""
+    task = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    task |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "JAX_PLATFORMS": "cpu"}
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return inherited | task | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    return [row["loss"] for row in rows] + [rows[-1]["validation_loss"]]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_two_devices(tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} squared is {number * number}. " * (number + 5))
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=tmp_path))
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = subprocess.run(command(tmp_path, one, "--devices", "2"), capture_output=True, text=True, timeout=500)
+    assert alone.returncode == 0, alone.stderr
+    job = str(os.getpid())  # the port is made of it
+    tasks = [
+        subprocess.Popen(
+            command(tmp_path, two, "--distributed"),
+            env=slurm(rank, job),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [task.communicate(timeout=500) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], told
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert "on 2 x cpu (expert 2)" in told[0][0]
+    assert not re.search(r"step \d", told[1][0])  # only the first process tells and writes
