@@ -138,6 +138,18 @@ def test_groups_equal_the_dense_oracle(changes):
     check(layer(config, small.execution(small.mesh(2, 1, 4)))(bias), oracle(config)(bias))
 
 
+def test_a_layout_that_loses_rows_shows_as_dropped_tokens(monkeypatch):
+    honest = travel.lay_out
+
+    def lossy(by_expert, buffer, round_index):
+        layout = honest(by_expert, buffer, round_index)
+        return layout._replace(row_MK=layout.row_MK.at[0].set(buffer.rows))  # the first token's rows never come back
+
+    monkeypatch.setattr(travel, "lay_out", lossy)
+    (_, stats), _ = layer(CONFIG, small.execution(small.mesh()))(biases()["by scores"])
+    assert stats.dropped == CONFIG.num_experts_per_tok
+
+
 def test_limiting_the_rounds_would_show_as_dropped_tokens(monkeypatch):
     monkeypatch.setattr(travel, "rounds_needed", lambda by_expert, buffer: jnp.int32(1))
     run = layer(CONFIG, small.execution(small.mesh(2, 1, 4), capacity_factor=1.0))

@@ -81,11 +81,18 @@ def test_ties_go_to_the_lowest_index():
     np.testing.assert_allclose(choice.weights_BTK, 2.5 / 4)
 
 
-@pytest.mark.parametrize("logit", [-40, -200])
-def test_weights_of_vanishing_scores_stay_finite(logit):
-    low = np.full((1, 1, 16), logit, np.float32)
+@pytest.mark.parametrize("logit", [-40, -60, -200])
+def test_weights_and_gradients_of_vanishing_scores_stay_finite(logit):
+    low = logit + np.linspace(0, 1, 16, dtype=np.float32)[None, None]
+
+    def both(low):
+        choice = route(low, None, V3)
+        return jnp.sum(choice.weights_BTK[..., 0]) + jnp.sum(sequence_balance_loss(choice.scores_BTE, V3))
+
     weights = route(low, None, V3).weights_BTK
     assert np.all(np.isfinite(weights)) and np.all(weights <= 2.5)
+    value, gradient = jax.value_and_grad(both)(low)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -70,7 +70,7 @@ def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, sc
     """softmax(q k^T * scale) v with a causal mask; softmax in FP32; sizes of q/k heads and v heads may differ.
 
     Works through blocks of queries, each against the keys it may see, and recomputes the probabilities in
-    the backward pass: memory is that of one block's scores.
+    the backward pass: no array is larger than one block's scores, and none of them is kept.
     """
     return _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale)[0]
 

@@ -21,7 +21,7 @@ from dsjax.sharding import BATCH, gather
 
 @dataclass(frozen=True)
 class Execution:
-    """How the model is run, as opposed to what it computes: the result is the same for every choice."""
+    """How the model is run, as opposed to what it computes: results differ by the rounding of `recipe` at most."""
 
     mesh: Mesh
     recipe: Recipe
@@ -189,12 +189,13 @@ def _own_experts(
 
     operands = (x_MD, weights_MK, weights)
     if buffer.assignments >= tokens * min(choices, count):  # everything fits, whatever the routing
-        y_MD, rounds = one_round(operands, by_expert, 0), jnp.int32(1)
+        y_MD, rounds = one_round(operands, by_expert, jnp.int32(0)), jnp.int32(1)
     else:
         rounds = travel.rounds_needed(by_expert, buffer)
         y_MD = travel.in_rounds(one_round, operands, by_expert, rounds)
-    dropped = jnp.maximum(0, by_expert.starts_E[-1] - rounds * buffer.assignments)
-    return y_MD, dropped, rounds.astype(jnp.float32)
+    placed = lambda r: jnp.sum(travel.lay_out(by_expert, buffer, r).row_MK < buffer.rows, dtype=jnp.int32)  # noqa: E731
+    computed = lax.fori_loop(1, rounds, lambda r, count: count + placed(r), placed(jnp.int32(0)))
+    return y_MD, by_expert.starts_E[-1] - computed, rounds.astype(jnp.float32)
 
 
 def _feed_forward(

@@ -35,8 +35,18 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
     experts_BTK = lax.top_k(ranking_BTE, config.num_experts_per_tok)[1]
     weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if config.norm_topk_prob:
-        weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True) + WEIGHT_SUM_GUARD
+        weights_BTK = _normalised(weights_BTK)
     return Choice(experts_BTK, weights_BTK * config.routed_scaling_factor, scores_BTE)
+
+
+def _normalised(scores: jax.Array) -> jax.Array:
+    """Scores over their sum and the guard, along the last dimension.
+
+    Brought near 1 first: the derivative squares the sum, which FP32 cannot hold below 1e-19.
+    """
+    top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), WEIGHT_SUM_GUARD))
+    scores = scores / top
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + WEIGHT_SUM_GUARD / top)
 
 
 def _keep_best_groups(ranking_BTE: jax.Array, config: ModelConfig) -> jax.Array:
@@ -59,7 +69,7 @@ def sequence_balance_loss(scores_BTE: jax.Array, config: ModelConfig) -> jax.Arr
     top_BTK = lax.top_k(lax.stop_gradient(scores_BTE), chosen)[1]
     picks_BE = jnp.sum(jax.nn.one_hot(top_BTK, experts), axis=(1, 2))
     frequency_BE = picks_BE * experts / (chosen * scores_BTE.shape[1])
-    share_BE = jnp.mean(scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True), axis=1)
+    share_BE = jnp.mean(_normalised(scores_BTE), axis=1)
     return config.aux_loss_alpha * jnp.sum(frequency_BE * share_BE, axis=-1)
 
 
