@@ -23,6 +23,7 @@ def get_config():
     config.data.update(sources=("text_files:{folder}/text",), sequence_length=16, directory="{folder}/data",
                        validation_fraction=0.2)
     config.training.update(total_steps=4, batch_size=8)
+    config.optimizer.decay_tokens = 1000
     config.evaluation.sequences = 8
     config.precision = "fp32"
     config.hardware.peak_flops_per_second = 1e11
@@ -59,10 +60,23 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = subprocess.run(command(tmp_path, one, "--devices", "2"), capture_output=True, text=True, timeout=500)
     assert alone.returncode == 0, alone.stderr
+    for total_steps in (2, 4):  # the second time they go on
+        told = together(tmp_path, two, f"--config.training.total_steps={total_steps}")
+        assert [code for code, _, _ in told] == [0, 0], told
+        assert "on 2 x cpu (expert 2)" in told[0][1]
+        assert not re.search(r"step \d", told[1][1])  # only the first process tells and writes
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    told = together(tmp_path, tmp_path / "three", of_second=["--config.training.seed=7"])
+    assert [code for code, _, _ in told] == [2, 2]
+    assert all("the processes disagree about the config" in error for _, _, error in told)
+
+
+def together(folder, workdir, *flags, of_second=()):
+    """(exit code, output, errors) of each of two processes."""
     job = str(os.getpid())  # the port is made of it
     tasks = [
         subprocess.Popen(
-            command(tmp_path, two, "--distributed"),
+            command(folder, workdir, "--distributed", *flags, *(of_second if rank else ())),
             env=slurm(rank, job),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -70,8 +84,4 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
         )
         for rank in (0, 1)
     ]
-    told = [task.communicate(timeout=500) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], told
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert "on 2 x cpu (expert 2)" in told[0][0]
-    assert not re.search(r"step \d", told[1][0])  # only the first process tells and writes
+    return [(task.returncode, *told) for task, told in [(task, task.communicate(timeout=500)) for task in tasks]]

@@ -17,6 +17,7 @@ from dsjax.config import (
     Config,
     ConfigError,
     DataConfig,
+    DispatchConfig,
     EvaluationConfig,
     MeshConfig,
     ModelConfig,
@@ -166,6 +167,22 @@ def test_resume_is_bitwise(config, straight, tmp_path, monkeypatch, stop):
     assert second.seconds > first.seconds
     arrays, wanted = final_arrays(config, tmp_path), final_arrays(config, straight[0])
     for array, want in zip(arrays, wanted, strict=True):
+        np.testing.assert_array_equal(array, want)
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise_in_bf16_over_fsdp_and_in_several_rounds(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, precision="bf16", mesh=MeshConfig(data=2, fsdp=2, expert=2))
+    config = dataclasses.replace(config, dispatch=DispatchConfig(capacity_factor=0.5))
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    whole = train(config, straight)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(config, stopped)
+    assert train(config, stopped).validation_loss == whole.validation_loss
+    assert exact(stopped) == exact(straight)
+    assert min(row["dispatch_rounds"] for row in read_rows(straight / METRICS)) > 1
+    for array, want in zip(final_arrays(config, stopped), final_arrays(config, straight), strict=True):
         np.testing.assert_array_equal(array, want)
 
 

@@ -170,6 +170,13 @@ def test_every_step_is_there_once_after_a_resume(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / METRICS)] == list(range(1, 9))
 
 
+def test_lost_work_stays_in_the_cost_however_often_the_run_dies(tmp_path):
+    rows = [{"step": step, "seconds": 10.0 * step, "cost_usd": 1.0 * step} for step in range(1, 8)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [make(tmp_path, done=2).cost_usd for _ in range(3)] == [7.0] * 3
+    assert [row["step"] for row in read_rows(tmp_path / METRICS)] == [1, 2]
+
+
 def test_dropping_rows_leaves_the_others_byte_for_byte(tmp_path):
     path = tmp_path / "m.jsonl"
     lines = [json.dumps({"step": number, "loss": 1 / 3 / number}) + "\n" for number in range(1, 5)]

@@ -76,7 +76,7 @@ class _Timed:
 
     def __init__(self, config: Config, mesh: Mesh):
         training, length = config.training, config.data.sequence_length
-        micro = training.microbatch_size or training.batch_size
+        micro = training.sequences_per_microbatch
         check_batch("training.microbatch_size", micro, mesh)
         count = training.batch_size // micro
         rng = np.random.default_rng(training.seed)

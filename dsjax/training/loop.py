@@ -5,6 +5,8 @@ state is two integers, steps done and sequences seen.
 """
 
 import contextlib
+import hashlib
+import json
 import math
 import time
 from collections import deque
@@ -29,12 +31,12 @@ from dsjax.sharding import check_batch, make_mesh
 from dsjax.training import checkpoint
 from dsjax.training.interrupt import EXIT_CODES, Interrupt
 from dsjax.training.machine import machine, use_compile_cache
-from dsjax.training.monitor import Monitor, Step, duration, magnitude
+from dsjax.training.monitor import Monitor, Step, dollars, duration, magnitude, read_rows
 from dsjax.training.report import report
 from dsjax.training.schedule import Schedule
 from dsjax.training.state import TrainState, abstract_state, init_state
 from dsjax.training.step import evaluate_step, place_batch, pretrain_step
-from dsjax.training.workdir import CHECKPOINTS, PLOTS, claim, write_config
+from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS, claim, write_config
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,30 @@ def train(config: Config, workdir: str | Path) -> Summary:
     position, changes = find_start(config, workdir, loader.fingerprint)
     if position.step >= config.training.total_steps:
         return already_complete(config, workdir, position)
+    check_agreement(config, position, loader.fingerprint)
     if jax.process_index() == 0:
         write_config(workdir, config)
 
     schedule = Schedule(config.training, config.optimizer, config.data.sequence_length)
     chips = machine(config.hardware, config.precision)
-    monitor = Monitor(config, workdir, chips, schedule.remaining(0), position.step)
     saver = checkpoint.Saver(workdir / CHECKPOINTS, config.checkpoint.keep_last)
-    introduce(monitor, config, mesh, workdir, position, changes)
     latest: dict[str, Any] = {}
     in_flight: deque[Step] = deque()
-    # With several processes JAX watches for SIGTERM itself, so that all of them stop at the same step.
-    with contextlib.closing(monitor), Interrupt(enabled=jax.process_count() == 1) as interrupt:
+    with contextlib.ExitStack() as stack:
+        # With several processes JAX watches for SIGTERM itself, so that all of them stop at the same step.
+        interrupt = stack.enter_context(Interrupt(enabled=jax.process_count() == 1))
         state = load_state(config, mesh, workdir, position)
+        # Not before: it drops the rows of steps that will be done again.
+        monitor = Monitor(config, workdir, chips, schedule.remaining(0), position.step)
+        stack.enter_context(contextlib.closing(monitor))
+        introduce(monitor, config, mesh, workdir, position, changes)
         train_step = compile_step(config, mesh, state, monitor)
         validate = make_validation(config, mesh, prepared)
         interrupt.has_begun = True
         monitor.restart_clock()
         for tokens, batch_size in batches(config, mesh, loader, schedule, position):
             settings = schedule.hyperparameters(position.sequences)
-            microbatches = np.int32(batch_size // microbatch_size(config))
+            microbatches = np.int32(batch_size // config.training.sequences_per_microbatch)
             values = {name: np.float32(value) for name, value in settings.items()}
             state, metrics = train_step(state, tokens, microbatches, values)
             position = Position(position.step + 1, position.sequences + batch_size)
@@ -126,7 +132,7 @@ def train(config: Config, workdir: str | Path) -> Summary:
 
 def check_fit(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError unless batches fit the mesh and tokens fit the vocabulary."""
-    check_batch("training.microbatch_size", microbatch_size(config), mesh)
+    check_batch("training.microbatch_size", config.training.sequences_per_microbatch, mesh)
     check_batch("evaluation.sequences", config.evaluation.sequences, mesh)
     needed = tokenizer.load(config.data.tokenizer).vocab_size
     if needed > config.model.vocab_size:
@@ -154,11 +160,33 @@ def load_state(config: Config, mesh: Mesh, workdir: Path, position: Position) ->
     """The state at `position`, on the devices."""
     if position.step == 0:
         return init_state(config, mesh)
-    return checkpoint.restore(workdir / CHECKPOINTS, position.step, abstract_state(config, mesh))
+    state = checkpoint.restore(workdir / CHECKPOINTS, position.step, abstract_state(config, mesh))
+    if int(state.step) != position.step:
+        raise ConfigError(
+            f"the checkpoint {workdir / CHECKPOINTS / str(position.step)} holds arrays of step {int(state.step)};"
+            " delete it to go on from an earlier one"
+        )
+    return state
+
+
+def check_agreement(config: Config, position: Position, fingerprint: str) -> None:
+    """Raises ConfigError unless all processes are about to train the same thing from the same place."""
+    if jax.process_count() == 1:
+        return
+    values = to_dict(config)
+    values["data"].pop("directory")  # may differ from host to host; what is in it may not
+    told = json.dumps([values, position.step, position.sequences, fingerprint]).encode()
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(told).digest(), np.uint8))
+    if (digests != digests[0]).any():
+        raise ConfigError(
+            "the processes disagree about the config, the prepared data or the newest checkpoint; give all of them the"
+            " same command, Python and --config.data.directory, and a --workdir that all of them see"
+        )
 
 
 def compile_step(config: Config, mesh: Mesh, state: TrainState, monitor: Monitor) -> Callable[..., Any]:
     """The train step, compiled before the clock of the first step starts."""
+    monitor.say("compiling the train step; quick where it was compiled before")
     start = time.monotonic()
     shape = batch_shape(config)
     nothing = place_batch(lambda indices: np.zeros((len(indices), shape[-1]), np.int32), shape, mesh)
@@ -177,7 +205,7 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
     """
     loader = Loader(prepared, config.data, seed=0, split="validation")
     evaluate = evaluate_step(config, mesh)
-    size = math.gcd(config.evaluation.sequences, microbatch_size(config))
+    size = math.gcd(config.evaluation.sequences, config.training.sequences_per_microbatch)
 
     def place(start: int) -> jax.Array:
         rows = lambda indices: loader.rows([start + index for index in indices])  # noqa: E731
@@ -187,8 +215,11 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
     parts = [place(start) for start in range(0, sequences, size)]
 
     def validate(state: TrainState) -> dict[str, float]:
-        loss = float(np.mean([evaluate(state, tokens)["loss"] for tokens in parts]))
-        return {"validation_loss": loss, "validation_nats_per_byte": loss / loader.bytes_per_token}
+        # Each is waited for: on CPU, two programs in flight would wait for each other's processes.
+        measured = [jax.device_get(evaluate(state, tokens)) for tokens in parts]
+        loss, mtp_loss = (float(np.mean([one[name] for one in measured])) for name in ("loss", "mtp_loss"))
+        row = {"validation_loss": loss, "validation_nats_per_byte": loss / loader.bytes_per_token}
+        return row | ({"validation_mtp_loss": mtp_loss} if config.model.num_nextn_predict_layers else {})
 
     return validate
 
@@ -223,12 +254,8 @@ def batches(
 
 def batch_shape(config: Config) -> tuple[int, int, int]:
     """[microbatches, sequences, tokens] of the largest batch."""
-    size = microbatch_size(config)
+    size = config.training.sequences_per_microbatch
     return config.training.batch_size // size, size, config.data.sequence_length + 1
-
-
-def microbatch_size(config: Config) -> int:
-    return config.training.microbatch_size or config.training.batch_size
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -279,15 +306,27 @@ def introduce(
 
 
 def already_complete(config: Config, workdir: Path, position: Position) -> Summary:
-    """Says that there is nothing to do."""
+    """Says that there is nothing to do, and what came out."""
+    meta = checkpoint.read_meta(workdir / CHECKPOINTS, position.step)
     if jax.process_index() == 0:
         print(
             f"the run in {workdir} is complete: it has {position.step} steps; for more, raise "
             f"--config.training.total_steps above {position.step}"
         )
+        validated = [row for row in read_rows(workdir / METRICS) if row.get("validation_loss") is not None]
+        if validated:
+            print(f"{validation_line(validated[-1])}, cost {dollars(meta['cost_usd'])}")
+        if (workdir / PLOTS / LOSS_PLOT).exists():
+            print(f"loss plot: {workdir / PLOTS / LOSS_PLOT}")
     tokens = position.sequences * config.data.sequence_length
-    meta = checkpoint.read_meta(workdir / CHECKPOINTS, position.step)
     return Summary(position.step, tokens, None, None, meta["seconds"], meta["cost_usd"], 0)
+
+
+def validation_line(row: dict[str, Any]) -> str:
+    return (
+        f"validation loss {row['validation_loss']:.4f} nats per token, "
+        f"{row['validation_nats_per_byte']:.4f} nats per byte"
+    )
 
 
 def conclude(
@@ -309,11 +348,7 @@ def conclude(
         f"checkpoints: {workdir / CHECKPOINTS} ({', '.join(map(str, saved)) or 'none'})",
     ]
     if is_complete:
-        lines.insert(
-            1,
-            f"validation loss {latest['validation_loss']:.4f} nats per token, "
-            f"{latest['validation_nats_per_byte']:.4f} nats per byte",
-        )
+        lines.insert(1, validation_line(latest))
         lines.append(draw(workdir))
     else:
         lines.append("interrupted; the same command goes on from here")
@@ -339,4 +374,4 @@ def draw(workdir: Path) -> str:
         page = report(workdir)
     except ConfigError as error:
         return str(error)
-    return f"loss plot: {workdir / PLOTS / 'loss.png'}; report: {page}"
+    return f"loss plot: {workdir / PLOTS / LOSS_PLOT}; report: {page}"

@@ -44,10 +44,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites a .jsonl file so that it ends with `step`; what came later will be done again."""
+    """Rewrites a .jsonl file so that it ends with `step`; what came later will be done again, and was paid for."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row.get("step", 0) <= step]
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    if kept and "cost_usd" in rows[-1]:
+        kept[-1] |= {name: rows[-1].get(name) for name in ("seconds", "cost_usd")}
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
     os.replace(temporary, path)

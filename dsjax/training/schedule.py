@@ -31,7 +31,7 @@ class Schedule:
         self._training = training
         self._optimizer = optimizer
         self._sequence_length = sequence_length
-        self._microbatch = training.microbatch_size or training.batch_size
+        self._microbatch = training.sequences_per_microbatch
         self._stretches = self._plan_ramp()
         self._end_tokens = self.total_sequences(training.total_steps) * sequence_length
 

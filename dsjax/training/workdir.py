@@ -12,6 +12,7 @@ METRICS = "metrics.jsonl"  # one object a step
 EXPERT_LOAD = "expert_load.jsonl"
 CHECKPOINTS = "checkpoints"
 PLOTS = "plots"
+LOSS_PLOT = "loss.png"  # in it, beside others
 REPORT = "report.html"
 
 LOGS = (".log", ".out", ".err")  # what a launcher may have put there before us
