@@ -171,7 +171,8 @@ def test_too_little_text_is_refused(make, tmp_path):
 
 
 def test_vocabulary_above_16_bits_is_kept(make, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     words = {f"w{i}": i for i in range(70_000)}
     built = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "</s>": 70_000}, unk_token="w0"))
     built.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

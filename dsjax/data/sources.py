@@ -125,7 +125,7 @@ def _text_files(where: str, text_key: str) -> Source:
                 f"name other files by a glob, as in text_files:{root}/**/*.py"
             )
     else:
-        matches = glob.glob(str(Path(where).expanduser()), recursive=True)
+        matches = [str(root)] if root.is_file() else glob.glob(str(Path(where).expanduser()), recursive=True)
         files = sorted(path for path in (Path(match).resolve() for match in matches) if path.is_file())
         if not files:
             raise ConfigError(
@@ -146,7 +146,8 @@ def _text_files(where: str, text_key: str) -> Source:
 
 def _belongs(path: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and path.is_file() and _kind(path) in FOLDER_SUFFIXES
+    packed_twice = path.name.lower().endswith(".parquet.gz")
+    return not hidden and not packed_twice and path.is_file() and _kind(path) in FOLDER_SUFFIXES
 
 
 def _kind(path: Path) -> str:
@@ -213,7 +214,7 @@ def _read_jsonl(handle: BufferedIOBase, name: str, text_key: str, skipped: Skipp
             record = json.loads(line)
         except UnicodeDecodeError:
             skipped.add(label, "not UTF-8")
-        except ValueError:
+        except (ValueError, RecursionError):
             skipped.add(label, "not JSON")
         else:
             text = record.get(text_key) if isinstance(record, dict) else None
@@ -222,11 +223,8 @@ def _read_jsonl(handle: BufferedIOBase, name: str, text_key: str, skipped: Skipp
 
 
 def _read_parquet(path: Path, size: int, name: str, text_key: str, skipped: Skipped) -> Iterator[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(f"{name} needs the package pyarrow to be read: pip install pyarrow") from error
+    import pyarrow.parquet  # here, because few need it and it takes its time
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_key not in file.schema_arrow.names:
