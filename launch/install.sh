@@ -7,18 +7,20 @@
 dsjax_venv=${DSJAX_VENV:-$PWD/.venv}
 dsjax_stamp=$dsjax_venv/installed-$1
 
-if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
-    echo "dsjax: ${PYTHON:-python3} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2
-    exit 2
-fi
 # Without the system's venv package, Python makes an environment that lacks pip, and fails.
 if [ ! -x "$dsjax_venv/bin/python" ] || [ ! -x "$dsjax_venv/bin/pip" ]; then
+    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+        echo "dsjax: ${PYTHON:-python3} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=..." >&2
+        exit 2
+    fi
     echo "making a virtual environment in $dsjax_venv"
-    "${PYTHON:-python3}" -m venv "$dsjax_venv"
+    "${PYTHON:-python3}" -m venv "$dsjax_venv" || exit 1
+elif [ -n "${PYTHON:-}" ]; then
+    echo "using the virtual environment in $dsjax_venv; remove it to make one with $PYTHON"
 fi
 if ! cat setup.cfg pyproject.toml | cmp -s - "$dsjax_stamp"; then
     echo "installing dsjax[$1], which takes a few minutes the first time"
-    "$dsjax_venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$1]"
-    cat setup.cfg pyproject.toml > "$dsjax_stamp"
+    "$dsjax_venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$1]" || exit 1
+    cat setup.cfg pyproject.toml > "$dsjax_stamp" || exit 1
 fi
 export PATH="$dsjax_venv/bin:$PATH"
