@@ -8,8 +8,8 @@ LLM Training", arXiv 2502.16982).
 
 with a tokenizer.json of at most 163,840 tokens; without it the tokens are bytes.
 
-Not the report's: AdamW in place of Muon; the last 0.5T tokens, a cooldown that rises to 1e-4 and falls linearly to 0
-there, stay at the cosine's floor here; the mesh and the microbatch.
+Not the report's: AdamW in place of Muon, with BF16 moments; aux_loss_alpha, which is V3's; the last 0.5T tokens, a
+cooldown that rises to 1e-4 and falls linearly to 0 there, stay at the cosine's floor here; the mesh and the microbatch.
 """
 
 from dsjax.config import base_config
@@ -68,5 +68,5 @@ def get_config():
         remat="full",
     )
     config.checkpoint.every_steps = 500
-    config.evaluation.update(every_steps=1000, sequences=512)
+    config.evaluation.update(every_steps=1000, sequences=2048)
     return config

@@ -1,4 +1,4 @@
-"""The quickstart: all of DeepSeek-V3's machinery at a size for a laptop, on 8 simulated devices.
+"""The quickstart: DeepSeek-V3's architecture, routing and MTP at a size for a laptop, on 8 simulated devices.
 
 Latent attention, 16 routed experts in 4 groups of which a token sees 2, one shared expert, the routing bias,
 multi-token prediction. 1,648,112 parameters and 499,424 of MTP; bytes as tokens, the interpreter's own standard

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # A field may be None where its type says so; then the rule does not apply.
 POSITIVE = """
     model.vocab_size model.hidden_size model.num_hidden_layers model.intermediate_size model.moe_intermediate_size
-    model.n_routed_experts model.n_shared_experts model.num_experts_per_tok model.n_group model.topk_group
+    model.n_routed_experts model.num_experts_per_tok model.n_group model.topk_group
     model.routed_scaling_factor model.num_attention_heads model.q_lora_rank model.kv_lora_rank
     model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.rope_theta
     model.max_position_embeddings model.rms_norm_eps model.initializer_range
@@ -30,7 +30,7 @@ POSITIVE = """
 """.split()
 
 NOT_NEGATIVE = """
-    model.first_k_dense_replace model.aux_loss_alpha
+    model.n_shared_experts model.first_k_dense_replace model.aux_loss_alpha
     optimizer.warmup_tokens optimizer.constant_tokens optimizer.decay_tokens optimizer.decay_learning_rate
     optimizer.hold_tokens optimizer.final_learning_rate optimizer.weight_decay
     training.seed training.batch_ramp_tokens training.mtp_loss_weight training.mtp_loss_weight_final

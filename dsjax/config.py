@@ -96,7 +96,8 @@ class DispatchConfig:
     """How tokens reach their experts. Nothing is ever dropped: what a buffer cannot hold goes in further rounds."""
 
     form: str = "auto"  # "local", "all_gather", or "auto": local on one expert rank, else all_gather
-    capacity_factor: float = 1.25  # rows of the receive buffer, over the perfectly balanced load
+    # Rows of the receive buffer, over the perfectly balanced load; on one expert rank it always holds everything.
+    capacity_factor: float = 1.25
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ class TrainingConfig:
     bias_update_tokens: int | None = None  # after these tokens the speed is 0; None: never
     remat: str = "deepseek"  # "none", "deepseek" (recompute norms and MLA up-projections), "full"
     loss_chunk_size: int = 2048  # tokens whose logits exist at once, per device
+
+    @property
+    def sequences_per_microbatch(self) -> int:
+        return self.microbatch_size or self.batch_size
 
 
 @dataclass(frozen=True)

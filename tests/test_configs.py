@@ -68,6 +68,120 @@ def test_warmup_takes_two_thousand_steps(shipped, name):
     assert plan.hyperparameters(after)["learning_rate"] == config.optimizer.learning_rate
 
 
+PUBLISHED = {  # what parameter counts and schedules do not show; fact by fact from reports and config.json files
+    "deepseek_v3": {
+        "model": dict(
+            n_group=8,
+            topk_group=4,
+            num_experts_per_tok=8,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            rope_theta=1e4,
+            rms_norm_eps=1e-6,
+            initializer_range=0.006,
+            aux_loss_alpha=1e-4,
+        ),
+        "optimizer": dict(b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0, moment_dtype="bfloat16"),
+        "data": dict(sequence_length=4096, fim_rate=0.1, tokenizer="deepseek"),
+    },
+    "deepseek_v2": {
+        "model": dict(
+            n_group=8,
+            topk_group=3,
+            num_experts_per_tok=6,
+            topk_method="group_limited_greedy",
+            scoring_func="softmax",
+            norm_topk_prob=False,
+            routed_scaling_factor=16.0,
+            rope_theta=1e4,
+            rms_norm_eps=1e-6,
+            initializer_range=0.006,
+            aux_loss_alpha=0.003,
+        ),
+        "optimizer": dict(b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        "data": dict(sequence_length=4096),
+    },
+    "deepseek_v2_lite": {
+        "model": dict(
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=6,
+            topk_method="greedy",
+            scoring_func="softmax",
+            norm_topk_prob=False,
+            routed_scaling_factor=1.0,
+            q_lora_rank=None,
+            rope_theta=1e4,
+            rms_norm_eps=1e-6,
+            initializer_range=0.006,
+            aux_loss_alpha=0.001,
+        ),
+        "optimizer": dict(b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        "data": dict(sequence_length=4096),
+    },
+    "moonlight_16b": {
+        "model": dict(
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=6,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.446,
+            q_lora_rank=None,
+            rope_theta=5e4,
+            rms_norm_eps=1e-5,
+            initializer_range=0.02,
+            max_position_embeddings=8192,
+        ),
+        "training": dict(bias_update_speed=0.001),
+        "data": dict(sequence_length=8192),
+    },
+    "bench": {
+        "model": dict(
+            hidden_size=256,
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            intermediate_size=704,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_shared_experts=1,
+            moe_intermediate_size=128,
+            num_attention_heads=4,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            vocab_size=8192,
+            num_nextn_predict_layers=0,
+        ),
+        "data": dict(sequence_length=256),
+        "training": dict(batch_size=8),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_are_the_published_ones(shipped, name):
+    config = shipped(f"{name}.py")
+    for section, fields in PUBLISHED[name].items():
+        assert {field: getattr(getattr(config, section), field) for field in fields} == fields
+
+
+@pytest.mark.parametrize("name, mscale", [("deepseek_v3", 1.0), ("deepseek_v2", 0.707), ("deepseek_v2_lite", 0.707)])
+def test_released_yarn_is_the_published_one(shipped, name, mscale):
+    yarn = shipped(f"{name}.py:released").model.rope_scaling
+    assert (yarn.type, yarn.factor, yarn.original_max_position_embeddings) == ("yarn", 40, 4096)
+    assert (yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim) == (32, 1, mscale, mscale)
+
+
+def test_moonlight_fits_the_largest_mesh_it_names(repository):
+    load(str(repository / "configs" / "moonlight_16b.py"), ["mesh.data=32"])
+
+
 V3 = [  # billions of tokens, learning rate, bias speed, MTP weight [V3 section 4.2]
     (100, 2.2e-4, 0.001, 0.3),
     (9_999, 2.2e-4, 0.001, 0.3),

@@ -94,3 +94,9 @@ def test_configuration_and_planning_do_without_jax(modules):
 def test_there_is_no_drawer(repository):
     drawers = {"utils", "util", "helpers", "common", "misc"}
     assert [path for path in repository.glob("dsjax/**/*.py") if path.stem in drawers] == []
+
+
+def test_the_readme_names_every_module(repository):
+    tree = (repository / "README.md").read_text().partition("```text\ndsjax/\n")[2].partition("```")[0]
+    named = {line.split()[0] for line in tree.splitlines() if line.split()[0].endswith(".py")}
+    assert named == {path.name for path in repository.glob("dsjax/**/*.py")} - {"__init__.py"}
