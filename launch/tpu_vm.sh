@@ -4,8 +4,9 @@
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=0 --command='cd dsjax && ./launch/tpu_vm.sh prepare'
 #   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='cd dsjax && ./launch/tpu_vm.sh train'
 #
-# More arguments are passed on. Edit the five lines below. The corpus, the prepared data and the run must lie where every host sees them, such as a
-# mounted bucket or Filestore; started again, the run goes on from its last checkpoint.
+# More arguments are passed on. Edit the five lines below. The corpus, the tokenizer, the prepared data and the run must
+# lie where every host sees them, such as a mounted bucket or Filestore; started again, the run goes on from its last
+# checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
