@@ -46,8 +46,8 @@ def sandbox(repository, tmp_path):
 
 
 def run(sandbox, script, *arguments, cwd="/", **environment):
-    environment = {**os.environ, "CALLS": str(sandbox / "calls"), **environment}
-    environment.pop("DSJAX_VENV", None)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "DSJAX_VENV")}
+    environment = {**inherited, "CALLS": str(sandbox / "calls"), **environment}
     command = ["bash", str(sandbox / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
