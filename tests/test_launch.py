@@ -45,9 +45,13 @@ def sandbox(repository, tmp_path):
     return root
 
 
+def inherited() -> dict[str, str]:
+    """The caller's environment without what steers the scripts."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHON", "DSJAX_VENV")}
+
+
 def run(sandbox, script, *arguments, cwd="/", **environment):
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "DSJAX_VENV")}
-    environment = {**inherited, "CALLS": str(sandbox / "calls"), **environment}
+    environment = {**inherited(), "CALLS": str(sandbox / "calls"), **environment}
     command = ["bash", str(sandbox / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
@@ -146,7 +150,7 @@ def test_a_failed_installation_is_not_taken_for_done(sandbox):
         (sandbox / ".venv" / "bin" / program).chmod(0o755)
     before = (sandbox / ".venv" / "installed-plots").read_text()
     shell = ["bash", "-c", ". launch/install.sh plots"]
-    assert subprocess.run(shell, cwd=sandbox, capture_output=True, text=True).returncode == 1
+    assert subprocess.run(shell, cwd=sandbox, env=inherited(), capture_output=True, text=True).returncode == 1
     assert (sandbox / ".venv" / "installed-plots").read_text() == before
 
 
