@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsjax.config import ConfigError
 
@@ -37,7 +38,7 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def product(spec: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: jnp.dtype) -> jax.Array:
+def product(spec: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: DTypeLike) -> jax.Array:
     """einsum of two operands cast to the compute dtype, summed in FP32, returned in `out_dtype`."""
     a, b = a.astype(recipe.dtype), b.astype(recipe.dtype)
     out = jnp.einsum(spec, a, b, precision=recipe.precision, preferred_element_type=jnp.float32)

@@ -77,9 +77,9 @@ def train(config: Config, workdir: str | Path) -> Summary:
     prepared = prepare(config.data)
     loader = Loader(prepared, config.data, config.training.seed)
     position, changes = find_start(config, workdir, loader.fingerprint)
+    check_agreement(config, position, loader.fingerprint)
     if position.step >= config.training.total_steps:
         return already_complete(config, workdir, position)
-    check_agreement(config, position, loader.fingerprint)
     if jax.process_index() == 0:
         write_config(workdir, config)
 

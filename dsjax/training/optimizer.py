@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from dsjax.config import OptimizerConfig
 from dsjax.sharding import replicated
@@ -26,7 +27,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 def _in_dtype(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
     """Adam whose m and v are kept in `dtype` between steps; each update is computed in FP32."""
 
-    def cast(state: Any, to: jnp.dtype) -> Any:
+    def cast(state: Any, to: DTypeLike) -> Any:
         return state._replace(
             **{name: jax.tree.map(lambda a: a.astype(to), getattr(state, name)) for name in ("mu", "nu")}
         )
