@@ -20,7 +20,6 @@ POSITIVE = """
     model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.rope_theta
     model.max_position_embeddings model.rms_norm_eps model.initializer_range
     model.rope_scaling.original_max_position_embeddings model.rope_scaling.beta_fast model.rope_scaling.beta_slow
-    model.rope_scaling.mscale model.rope_scaling.mscale_all_dim
     mesh.fsdp mesh.expert dispatch.capacity_factor
     optimizer.learning_rate optimizer.eps optimizer.clip_norm
     training.total_steps training.batch_size training.microbatch_size training.initial_batch_size
@@ -31,6 +30,7 @@ POSITIVE = """
 
 NOT_NEGATIVE = """
     model.n_shared_experts model.first_k_dense_replace model.aux_loss_alpha
+    model.rope_scaling.mscale model.rope_scaling.mscale_all_dim
     optimizer.warmup_tokens optimizer.constant_tokens optimizer.decay_tokens optimizer.decay_learning_rate
     optimizer.hold_tokens optimizer.final_learning_rate optimizer.weight_decay
     training.seed training.batch_ramp_tokens training.mtp_loss_weight training.mtp_loss_weight_final
@@ -151,9 +151,9 @@ def _positions(config: "Config") -> Iterator[str]:
             f"model.rope_scaling.beta_fast = {scaling.beta_fast} is below beta_slow = {scaling.beta_slow}; "
             "the fast end has more rotations"
         )
-    if model.max_position_embeddings > scaling.factor * scaling.original_max_position_embeddings:
+    if config.data.sequence_length > scaling.factor * scaling.original_max_position_embeddings:
         yield (
-            f"model.max_position_embeddings is {model.max_position_embeddings}, but YaRN reaches only "
+            f"data.sequence_length is {config.data.sequence_length}, but YaRN reaches only "
             f"{scaling.factor:g} x {scaling.original_max_position_embeddings} positions; raise its factor"
         )
 

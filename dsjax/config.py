@@ -29,7 +29,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 1.0  # 0 in either of these two: not given, as Hugging Face reads a missing one
     mscale_all_dim: float = 1.0
 
 
@@ -60,8 +60,11 @@ class ModelConfig:
     v_head_dim: int = 32
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None  # None: plain RoPE
+    rope_interleave: bool = True  # rotate neighbours (x0, x1), as DeepSeek does; False: (x0, x[d/2])
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
+    attention_bias: bool = False  # of q_a_proj, kv_a_proj_with_mqa and o_proj; DeepSeek has none
+    tie_word_embeddings: bool = False  # the output head is the embedding, transposed
     initializer_range: float = 0.006
     num_nextn_predict_layers: int = 1  # depth of multi-token prediction: 0 or 1
     mtp_hidden_state: str = (

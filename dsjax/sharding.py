@@ -26,6 +26,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": (),
     "mlp": (),
     "norm": (),
+    "bias": (),
     "concat": (),  # the two halves that enter MTP's eh_proj
     "router": (),
     "expert": ("expert",),

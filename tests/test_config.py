@@ -262,7 +262,10 @@ IMPOSSIBLE = [
     (dict(model=dict(rope_scaling=RopeScaling(factor=0.5))), "at least 1"),
     (dict(model=dict(rope_scaling=RopeScaling(beta_fast=0.5))), "beta_fast = 0.5 is below"),
     (
-        dict(model=dict(rope_scaling=RopeScaling(factor=2.0), max_position_embeddings=8193)),
+        dict(
+            model=dict(rope_scaling=RopeScaling(factor=2.0), max_position_embeddings=9000),
+            data=dict(sequence_length=8193),
+        ),
         "reaches only 2 x 4096",
     ),
     (dict(mesh=dict(expert=3)), "model.n_routed_experts = 16 cannot be divided over mesh.expert = 3"),

@@ -24,19 +24,20 @@ class MLA(nnx.Module):
     def __init__(self, config: ModelConfig, recipe: Recipe, rngs: nnx.Rngs):
         heads, std = config.num_attention_heads, config.initializer_range
         hidden, kv_rank, q_rank = config.hidden_size, config.kv_lora_rank, config.q_lora_rank
-        q_width = heads * config.qk_head_dim
+        q_width, bias = heads * config.qk_head_dim, config.attention_bias
         if q_rank is None:
             self.q_proj = Linear((hidden, q_width), ("embed", "heads"), std, recipe, rngs)
         else:
-            self.q_a_proj = Linear((hidden, q_rank), ("embed", "latent"), std, recipe, rngs)
+            self.q_a_proj = Linear((hidden, q_rank), ("embed", "latent"), std, recipe, rngs, bias=bias)
             self.q_a_layernorm = RMSNorm(q_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear((q_rank, q_width), ("latent", "heads"), std, recipe, rngs)
         kv_a = (hidden, kv_rank + config.qk_rope_head_dim)
         kv_b = (kv_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.kv_a_proj_with_mqa = Linear(kv_a, ("embed", "latent"), std, recipe, rngs)
+        self.kv_a_proj_with_mqa = Linear(kv_a, ("embed", "latent"), std, recipe, rngs, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(kv_b, ("latent", "heads"), std, recipe, rngs)
-        self.o_proj = Linear((heads * config.v_head_dim, hidden), ("heads", "embed"), std, recipe, rngs)
+        out = (heads * config.v_head_dim, hidden)
+        self.o_proj = Linear(out, ("heads", "embed"), std, recipe, rngs, bias=bias)
         self.config = config
 
     def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> jax.Array:
@@ -44,13 +45,14 @@ class MLA(nnx.Module):
         config = self.config
         batch, length, _ = x_BTD.shape
         heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+        turn = partial(rotate, rope_2TP=rope_2TP, interleaved=config.rope_interleave)
 
         q_BTNH = self._queries(x_BTD).reshape(batch, length, heads, config.qk_head_dim)
-        q_BTNH = jnp.concatenate([q_BTNH[..., :nope], rotate(q_BTNH[..., nope:], rope_2TP)], axis=-1)
+        q_BTNH = jnp.concatenate([q_BTNH[..., :nope], turn(q_BTNH[..., nope:])], axis=-1)
 
         latent = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), "mla_latent")
         c_BTR, k_rope = jnp.split(latent, [config.kv_lora_rank], axis=-1)
-        k_rope_BT1H = rotate(k_rope[:, :, None, :], rope_2TP)  # one head, shared by all
+        k_rope_BT1H = turn(k_rope[:, :, None, :])  # one head, shared by all
         kv_BTNH = self.kv_b_proj(self.kv_a_layernorm(c_BTR)).reshape(batch, length, heads, -1)
         k_rope_BTNH = jnp.broadcast_to(k_rope_BT1H, (batch, length, heads, config.qk_rope_head_dim))
         k_BTNH = jnp.concatenate([kv_BTNH[..., :nope], k_rope_BTNH], axis=-1)

@@ -22,14 +22,27 @@ def weight(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], stddev: fl
 
 
 class Linear(nnx.Module):
-    """x [..., D] @ weight [D, F]; no bias, as everywhere in DeepSeek's models."""
+    """x [..., D] @ weight [D, F], and a bias [F] where asked for; DeepSeek's own models have none."""
 
-    def __init__(self, shape: tuple[int, int], axes: tuple[str, str], stddev: float, recipe: Recipe, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        stddev: float,
+        recipe: Recipe,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+    ):
         self.weight = weight(rngs, shape, axes, stddev)
+        self.bias = nnx.Param(jnp.zeros(shape[1:], jnp.float32), axes=("bias",)) if bias else None
         self.recipe = recipe
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...], self.recipe)
+        y = linear(x, self.weight[...], self.recipe)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class RMSNorm(nnx.Module):
@@ -95,7 +108,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
     low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 1e-3), 0, 1)
     return (frequencies / scaling.factor * ramp + frequencies * (1 - ramp)).astype(np.float32)
 
 
@@ -103,6 +116,8 @@ def rope_amplitude(scaling: RopeScaling | None) -> float:
     """What Hugging Face multiplies cos and sin with; 1 whenever mscale equals mscale_all_dim."""
     if scaling is None:
         return 1.0
+    if not (scaling.mscale and scaling.mscale_all_dim):
+        return yarn_mscale(scaling.factor, 1.0)
     return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
 
 
@@ -120,10 +135,14 @@ def rope_table(config: ModelConfig, length: int) -> jax.Array:
     return rope_amplitude(config.rope_scaling) * jnp.stack([jnp.cos(angles_TP), jnp.sin(angles_TP)])
 
 
-def rotate(x_BTNH: jax.Array, rope_2TP: jax.Array) -> jax.Array:
-    """RoPE on interleaved pairs: (x[2i], x[2i+1]) is turned by the i-th angle, in FP32."""
-    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
+def rotate(x_BTNH: jax.Array, rope_2TP: jax.Array, interleaved: bool = True) -> jax.Array:
+    """RoPE in FP32: the i-th pair is turned by the i-th angle.
+
+    A pair is (x[2i], x[2i+1]) where `interleaved`, as in all released weights, else (x[i], x[i + H/2]).
+    """
+    shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], *shape)
     cos, sin = rope_2TP[:, None, :, None, :]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    first, second = jnp.unstack(pairs, axis=pair)
+    turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=pair)
     return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

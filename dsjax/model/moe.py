@@ -116,8 +116,7 @@ def routed_experts(
     """Routes every token and adds up its experts' outputs; one shard_map over the whole mesh."""
 
     def local(x_BTD, router_DE, bias_E, weights):
-        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
-        choice = route(checkpoint_name(logits_BTE, "router"), bias_E, config)
+        choice = route(checkpoint_name(router_logits(x_BTD, router_DE), "router"), bias_E, config)
         y_MD, dropped, rounds = _exchange(x_BTD, choice, _gather_fsdp(weights, execution.mesh), execution)
         experts_1 = jnp.arange(config.n_routed_experts)[None]
         load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
@@ -135,6 +134,12 @@ def routed_experts(
     )(x_BTD, router_DE, bias_E, weights)
     stats = RoutingStats(jnp.sum(load_XE, 0), jnp.mean(balance_X), jnp.sum(dropped_X), jnp.max(rounds_X))
     return y_BTD, stats
+
+
+def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
+    """[B, T, E], in FP32 whatever the recipe."""
+    wide = (x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32))
+    return jnp.einsum("btd,de->bte", *wide, precision=lax.Precision.HIGHEST)
 
 
 def _gather_fsdp(weights: ExpertWeights, mesh: Mesh) -> ExpertWeights:

@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs):
         std, hidden, vocab = config.initializer_range, config.hidden_size, config.vocab_size
         self.embed_tokens = weight(rngs, (vocab, hidden), ("vocab", "embed"), std)
-        self.lm_head = weight(rngs, (hidden, vocab), ("embed", "vocab"), std)
+        self.lm_head = None if config.tie_word_embeddings else weight(rngs, (hidden, vocab), ("embed", "vocab"), std)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.dense_layers = stack(
             lambda rngs: Block(config, execution, rngs, routed=False), config.first_k_dense_replace, rngs
@@ -154,9 +154,14 @@ class Transformer(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return embed(self.embed_tokens[...], tokens_BT, self.execution.mesh, self.execution.recipe)
 
+    @property
+    def head_DV(self) -> jax.Array:
+        """The output head: its own weight, or the embedding where the two are tied."""
+        return self.embed_tokens[...].T if self.lm_head is None else self.lm_head[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> FP32 [..., V]; for a few positions, training uses `losses.cross_entropy`."""
-        return product("...d,dv->...v", hidden, self.lm_head[...], self.execution.recipe, jnp.float32)
+        return product("...d,dv->...v", hidden, self.head_DV, self.execution.recipe, jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from dsjax.config import ModelConfig
 class Parameters:
     """How many numbers each part of a model holds, over all its layers, and what one token passes through.
 
+    Embeddings tied to the head count once, as the embedding.
+
     `total` is what a published checkpoint counts: everything but the MTP module, the routing biases included.
     The biases are state, not weights: `trainable` leaves them out.
     """
 
     embedding: int
     head: int
-    attention: int  # with the norms of its latents
+    attention: int  # with the norms of its latents and, where it has them, biases
     norms: int  # two a layer and the last one
     dense_feed_forward: int
     routed_experts: int
@@ -57,7 +59,7 @@ def parameters(model: ModelConfig) -> Parameters:
     mtp = model.num_nextn_predict_layers * (block + 3 * hidden + 2 * hidden * hidden)
     counts = Parameters(
         embedding=vocabulary,
-        head=vocabulary,
+        head=0 if model.tie_word_embeddings else vocabulary,
         attention=layers * _attention(model),
         norms=layers * 2 * hidden + hidden,
         dense_feed_forward=model.first_k_dense_replace * _swiglu(hidden, model.intermediate_size),
@@ -67,7 +69,7 @@ def parameters(model: ModelConfig) -> Parameters:
         routing_bias=moe_layers * bias,
         mtp=mtp,
         active=0,
-        mtp_active=model.num_nextn_predict_layers * (mtp - unused + 2 * vocabulary),
+        mtp_active=model.num_nextn_predict_layers * (mtp - unused + (2 - model.tie_word_embeddings) * vocabulary),
     )
     return dataclasses.replace(counts, active=counts.total - moe_layers * unused)
 
@@ -83,7 +85,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int, *, causal: bool = 
     attention = pairs * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     head = model.vocab_size * model.hidden_size
     dense = _swiglu(model.hidden_size, model.intermediate_size)
-    projections = _attention(model) - _latent_norms(model)
+    projections = _attention(model) - _latent_norms(model) - _biases(model)
     moe = _active_feed_forward(model)
 
     multiplies = model.num_hidden_layers * (projections + attention) + head
@@ -134,7 +136,13 @@ def _attention(model: ModelConfig) -> int:
     down = hidden * (model.kv_lora_rank + model.qk_rope_head_dim)
     up = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
     output = heads * model.v_head_dim * hidden
-    return query + down + up + output + _latent_norms(model)
+    return query + down + up + output + _latent_norms(model) + _biases(model)
+
+
+def _biases(model: ModelConfig) -> int:
+    """Of q_a_proj, kv_a_proj_with_mqa and o_proj."""
+    down = model.kv_lora_rank + model.qk_rope_head_dim
+    return model.attention_bias * ((model.q_lora_rank or 0) + down + model.hidden_size)
 
 
 def _routing_bias(model: ModelConfig) -> int:

@@ -43,11 +43,11 @@ def _in_dtype(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gra
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay acts on: matrices, not the scales of norms."""
+    """Which parameters weight decay acts on: matrices, not the scales of norms nor biases."""
 
     def is_matrix(path: Any, leaf: Any) -> bool:
         names = [str(key.key) for key in path]
-        return not any("norm" in name for name in names[-2:])
+        return names[-1] != "bias" and not any("norm" in name for name in names[-2:])
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -40,7 +40,7 @@ def language_model_loss(net: Network, config: Config) -> LossFn:
         def mean_loss(hidden_BTD, labels_BT, weights_BT):
             weights_BT = weights_BT / labels_BT.size
             return cross_entropy(
-                hidden_BTD, model.lm_head[...], labels_BT, weights_BT, execution.mesh, execution.recipe, chunk
+                hidden_BTD, model.head_DV, labels_BT, weights_BT, execution.mesh, execution.recipe, chunk
             )
 
         ones_BT = jnp.ones(labels_BT.shape, jnp.float32)
