@@ -1,0 +1,535 @@
+"""A published config.json into a ModelConfig, and back.
+
+Two dialects are read: the one of the published checkpoints (`rope_theta`, `rope_scaling`, `scoring_func`, ...) and the
+one that transformers 5 writes (`rope_parameters`, `dtype`, `num_mtp_layers`, ...). Every field is a field of
+ModelConfig, or one that needs a certain value, or one that cannot matter here; any other is refused by name.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsjax.checks import problems
+from dsjax.config import Config, ModelConfig, RopeScaling
+from dsjax.sections import ConfigError, build
+
+# What transformers' classes take for fields that config.json leaves out. DeepSeek's own class for V3 says the same.
+V3_DEFAULTS = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    # The classes say 1, but files without the field are older than MTP in transformers, which left its weights out.
+    "num_nextn_predict_layers": 0,
+}
+V2_DEFAULTS = V3_DEFAULTS | {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "first_k_dense_replace": 0,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": None,  # the class has no default that works
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+GLM_DEFAULTS = V3_DEFAULTS | {
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "num_hidden_layers": 47,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.8,
+    "num_attention_heads": 20,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+}
+YOUTU_DEFAULTS = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 32,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "num_nextn_predict_layers": 0,
+}
+ROUTING_FIELDS = frozenset(
+    """first_k_dense_replace moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok n_group
+    topk_group topk_method scoring_func norm_topk_prob routed_scaling_factor num_nextn_predict_layers aux_loss_alpha
+    mtp_hidden_state mlp_layer_types moe_layer_freq seq_aux num_local_experts num_experts num_mtp_layers""".split()
+)
+
+V3_ROUTING = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+V2_ROUTING = {
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    # transformers ignores true, and DeepSeek's code then leaves out routed_scaling_factor: there is no reference.
+    "norm_topk_prob": (False,),
+    "rope_interleave": (True,),
+}
+
+
+class Family(NamedTuple):
+    """The published models that share a model_type."""
+
+    architecture: str  # the class in transformers
+    defaults: dict[str, Any]  # of that class, for fields that config.json leaves out
+    supported: dict[str, tuple[Any, ...]]  # beside SUPPORTED
+    routed: bool = True  # False: every layer is dense
+
+
+FAMILIES = {
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", V2_DEFAULTS, V2_ROUTING),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", V3_DEFAULTS, V3_ROUTING),
+    "kimi_k2": Family("DeepseekV3ForCausalLM", V3_DEFAULTS, V3_ROUTING),
+    "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", GLM_DEFAULTS, V3_ROUTING),
+    "youtu": Family("YoutuForCausalLM", YOUTU_DEFAULTS, {}, routed=False),
+}
+# Models with latent attention that do not load, and why.
+RELATIVES = {
+    "deepseek_v32": "attends sparsely, through an indexer",
+    "deepseek_v4": "has another attention, other residual streams and hashed routing",
+    "glm_moe_dsa": "attends sparsely, through an indexer",
+    "mistral_large4": "attends sparsely, through an indexer",
+    "axk1": "normalises the output of its expert layers",
+    "axk2": "attends sparsely and gates the output of attention",
+    "mistral4": "scales queries with their position",
+    "minicpm3": "scales embeddings, residuals and logits",
+    "longcat_flash": "has two attentions a layer and experts that compute nothing",
+    "kimi_linear": "has linear attention in most layers",
+    "kimi_k25": "is a vision model around the language model",
+    "bailing_hybrid": "has linear attention in most layers",
+}
+
+# Fields that only one value, or few, can be computed with.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0, None),
+    "mlp_bias": (False,),
+    "moe_layer_freq": (1,),
+    "pretraining_tp": (1, None),
+    "seq_aux": (True,),  # the balance loss is the sequence-wise one
+    "partial_rotary_factor": (1,),
+    "is_encoder_decoder": (False,),
+}
+# Fields that say again what follows from others, and the property of ModelConfig that they must equal.
+DERIVED = {
+    "num_key_value_heads": "num_attention_heads",
+    "head_dim": "qk_rope_head_dim",  # as transformers means it: of what RoPE turns
+    "qk_head_dim": "qk_head_dim",
+}
+ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+# Fields without a meaning here, by the reason.
+IGNORED = {
+    "where it comes from": "_name_or_path name_or_path _commit_hash auto_map transformers_version unsloth_version "
+    "unsloth_fixed",
+    "special tokens belong to the tokenizer": "bos_token_id eos_token_id pad_token_id tokenizer_class",
+    "how another program runs it": "use_cache ep_size _attn_implementation attn_implementation "
+    "_attn_implementation_autoset _experts_implementation experts_implementation chunk_size_feed_forward",
+    "what another program returns": "return_dict output_attentions output_hidden_states output_router_logits "
+    "tie_last_hidden_states",
+    "of classifiers": "id2label label2id num_labels problem_type",
+    "only for drawing new weights": "embedding_initializer_range",
+}
+# Fields that are read in a way of their own.
+STRUCTURED = frozenset(
+    "model_type architectures rope_theta rope_scaling rope_parameters mlp_layer_types dtype torch_dtype "
+    "quantization_config".split()
+)
+MODEL_FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
+KNOWN = (
+    MODEL_FIELDS
+    | SUPPORTED.keys()
+    | DERIVED.keys()
+    | ALIASES.keys()
+    | STRUCTURED
+    | {name for names in IGNORED.values() for name in names.split()}
+)
+
+NULL_MEANS = {"n_group": 1, "topk_group": 1}
+ROPE_SUPPORTED = {"partial_rotary_factor": (1,), "truncate": (True,)}
+YARN_FIELDS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATION_SUPPORTED = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "activation_scheme": ("dynamic",),
+    "scale_fmt": ("ue8m0", "float", None),
+    "dequantize": (False,),
+}
+# Which tensors are in FP8, the tensors themselves show.
+QUANTIZATION_KNOWN = frozenset(["weight_block_size", "modules_to_not_convert", "ignored_layers"])
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights in E4M3 with one scale a block."""
+
+    block: tuple[int, int] = (128, 128)  # rows and columns of the published matrix
+    scale_format: str = "float32"  # "float32", or "ue8m0": powers of two
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a published config.json says."""
+
+    model: ModelConfig
+    model_type: str
+    dtype: str | None  # "bfloat16", "float16" or "float32"
+    quantization: Quantization | None
+    values: dict[str, Any]  # the file as it is
+
+
+def is_published(directory: Path) -> bool:
+    """Whether a directory holds a config.json that names a model_type; a run directory's does not."""
+    try:
+        return "model_type" in _read_json(Path(directory) / "config.json")
+    except ConfigError:
+        return False
+
+
+def read_config(directory: Path) -> Published:
+    """The architecture of a published checkpoint.
+
+    Raises ConfigError, in one sentence, for a file that is none, another architecture, unknown or unsupported fields
+    (all of them, by name), wrong types and impossible values.
+    """
+    path = Path(directory) / "config.json"
+    values = _read_json(path)
+    try:
+        family = _family(values)
+        wrong = [*_unknown(values, family), *_unsupported(values, SUPPORTED | family.supported)]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        model = _model(values, family)
+        for field, derived in DERIVED.items():
+            _require_equal(field, values.get(field), getattr(model, derived), derived)
+        return Published(model, values["model_type"], _dtype(values), _quantization(values), values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def published_config(
+    model: ModelConfig,
+    dtype: str,
+    quantization: Quantization | None,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+) -> dict[str, Any]:
+    """What config.json says of `model`, in the dialect of the published checkpoints; `read_config` is the way back.
+
+    dtype: of the weights that are not quantised, as PyTorch calls it.
+    Raises ConfigError where no published class computes this architecture.
+    """
+    model_type = _published_type(model)
+    fields = dataclasses.asdict(model)
+    if fields["mtp_hidden_state"] == ModelConfig().mtp_hidden_state:
+        del fields["mtp_hidden_state"]  # ours alone: the published dialect has no word for it
+    if model.rope_scaling is not None:
+        absent = [name for name in ("mscale", "mscale_all_dim") if fields["rope_scaling"][name] == 0]
+        fields["rope_scaling"] = {k: v for k, v in fields["rope_scaling"].items() if k not in absent}
+    values = fields | {
+        "architectures": [FAMILIES[model_type].architecture],
+        "model_type": model_type,
+        "torch_dtype": dtype,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "num_key_value_heads": model.num_attention_heads,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "moe_layer_freq": 1,
+        "seq_aux": True,
+        "ep_size": 1,
+        "pretraining_tp": 1,
+        "use_cache": True,
+    }
+    if quantization is not None:
+        values["quantization_config"] = quantization_config(quantization)
+    return dict(sorted(values.items()))
+
+
+def _published_type(model: ModelConfig) -> str:
+    """The model_type whose published classes compute `model`."""
+    scheme = model.scoring_func, model.topk_method
+    if scheme == ("sigmoid", "noaux_tc"):
+        return "deepseek_v3"
+    if model.scoring_func != "softmax" or model.topk_method not in V2_ROUTING["topk_method"]:
+        raise ConfigError(
+            f'no published class routes with scoring_func "{scheme[0]}" and topk_method "{scheme[1]}"; DeepSeek-V3 '
+            'has "sigmoid" with "noaux_tc", DeepSeek-V2 "softmax" with "greedy" or "group_limited_greedy"'
+        )
+    wrong = list(_unsupported(dataclasses.asdict(model), V2_ROUTING))
+    if model.hidden_size % model.num_attention_heads:
+        # Of no use to MLA, but transformers insists on it.
+        wrong.append(f"hidden_size = {model.hidden_size} does not divide by {model.num_attention_heads} heads")
+    if wrong:
+        raise ConfigError(f"DeepSeek-V2, the published class with softmax routing, has no such model: {wrong[0]}")
+    return "deepseek_v2"
+
+
+def quantization_config(quantization: Quantization) -> dict[str, Any]:
+    values = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(quantization.block),
+    }
+    return values | {"scale_fmt": "ue8m0"} if quantization.scale_format == "ue8m0" else values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        # Whole numbers that no float can hold become infinite, which every field refuses.
+        values = json.loads(path.read_text(encoding="utf-8"), parse_int=lambda t: int(t) if len(t) < 19 else float(t))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object, but holds {_shown(values)}")
+    return values
+
+
+def _family(values: dict[str, Any]) -> Family:
+    name = values.get("model_type")
+    if name is None and {"model", "training"} <= values.keys():
+        raise ConfigError("this is the configuration of a dsjax run, not of a published checkpoint")
+    if not isinstance(name, str) or name not in FAMILIES:
+        reason = f", which {RELATIVES[name]}" if isinstance(name, str) and name in RELATIVES else ""
+        raise ConfigError(f"model_type is {_shown(name)}{reason}; those that load are {', '.join(FAMILIES)}")
+    architectures = values.get("architectures") or [FAMILIES[name].architecture]
+    if architectures != [FAMILIES[name].architecture]:
+        raise ConfigError(
+            f'architectures is {_shown(architectures)}, but of {name} only ["{FAMILIES[name].architecture}"] loads'
+        )
+    return FAMILIES[name]
+
+
+def _unknown(values: dict[str, Any], family: Family) -> Iterator[str]:
+    """One sentence about all fields that mean nothing to us."""
+    known = KNOWN if family.routed else KNOWN - ROUTING_FIELDS
+    found = []
+    for name in values.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        found.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    if found:
+        yield f"unknown field{'s' * (len(found) > 1)} {', '.join(sorted(found))}"
+
+
+def _unsupported(values: dict[str, Any], supported: dict[str, tuple[Any, ...]], prefix: str = "") -> Iterator[str]:
+    """A sentence for every field with a value that is not supported."""
+    for name, allowed in supported.items():
+        if name in values and values[name] not in allowed:
+            yield (
+                f"{prefix}{name} is {_shown(values[name])}, but only "
+                f"{' or '.join(_shown(value) for value in allowed if value is not None)} is supported"
+            )
+
+
+def _require_equal(name: str, value: Any, expected: Any, source: str) -> None:
+    if value is not None and value != expected:
+        raise ConfigError(f"{name} is {_shown(value)}, but only {_shown(expected)} ({source}) is supported")
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _model(values: dict[str, Any], family: Family) -> ModelConfig:
+    """The ModelConfig of known and supported fields."""
+    given = dict(values)
+    for alias, name in ALIASES.items():
+        if alias in given:
+            _require_equal(alias, given[alias], given.setdefault(name, given[alias]), name)
+    merged = family.defaults | {name: value for name, value in given.items() if name in MODEL_FIELDS}
+    merged |= {name: value for name, value in NULL_MEANS.items() if name in merged and merged[name] is None}
+    if not family.routed:
+        merged["first_k_dense_replace"] = merged["num_hidden_layers"]
+    if given.get("mlp_layer_types") is not None:
+        dense = _dense_layers(given["mlp_layer_types"], merged["num_hidden_layers"])
+        _require_equal("first_k_dense_replace", given.get("first_k_dense_replace"), dense, "by mlp_layer_types")
+        merged["first_k_dense_replace"] = dense
+    merged["rope_theta"], merged["rope_scaling"] = _rope(values, merged)
+    model = build(ModelConfig, merged)
+    _check(model)
+    _check_attention_factor(values, model.rope_scaling)
+    return model
+
+
+def _dense_layers(kinds: Any, layers: int) -> int:
+    """The number of dense layers in front, of a list of "dense" and "sparse"."""
+    dense = kinds.count("dense") if isinstance(kinds, list) else 0
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or kinds != ["dense"] * dense + ["sparse"] * (layers - dense)
+    ):
+        raise ConfigError(
+            f'mlp_layer_types must name all {layers} layers, "dense" in front and "sparse" behind, '
+            f"but is {_shown(kinds)}"
+        )
+    return dense
+
+
+def _check(model: ModelConfig) -> None:
+    """Raises ConfigError for the first reason why there can be no such model."""
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.factor >= 1 and scaling.original_max_position_embeddings > 0:
+        # Longer texts than YaRN was made for are bad to train on, but a file may allow them.
+        reach = scaling.factor * scaling.original_max_position_embeddings
+        model = dataclasses.replace(model, max_position_embeddings=int(min(model.max_position_embeddings, reach)))
+    for problem in problems(Config(model=model)):
+        if problem.startswith(("model.", "unknown model.")):
+            raise ConfigError(problem.replace("model.", ""))
+
+
+def _rope(values: dict[str, Any], merged: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """(rope_theta, fields of rope_scaling or None) from either dialect, or from both where they agree."""
+    thetas = [("rope_theta", values["rope_theta"])] if "rope_theta" in values else []
+    scalings = []
+    for name in ("rope_parameters", "rope_scaling"):
+        entry = values.get(name)
+        if entry is not None and not isinstance(entry, dict):
+            raise ConfigError(f"{name} must be an object or null, but is {_shown(entry)}")
+        if entry:
+            scalings.append((name, _yarn(name, entry, merged)))
+            if "rope_theta" in entry:
+                thetas.append((f"{name}.rope_theta", entry["rope_theta"]))
+    for found in (thetas, scalings):
+        for name, value in found[1:]:
+            if value != found[0][1]:
+                raise ConfigError(f"{name} and {found[0][0]} contradict each other; keep one of them")
+    theta = thetas[0][1] if thetas else merged["rope_theta"]
+    return theta, scalings[0][1] if scalings else None
+
+
+def _yarn(name: str, entry: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of RopeScaling from `rope_scaling` or `rope_parameters`; None for plain RoPE.
+
+    A missing field means what transformers takes it for.
+    """
+    kinds = {entry[key] for key in ("type", "rope_type") if isinstance(entry.get(key), str)} or {"default"}
+    if len(kinds) > 1 or not kinds <= {"default", "yarn"}:
+        raise ConfigError(
+            f'{name} has the type {" and ".join(map(_shown, sorted(kinds)))}, but only "yarn" or "default" is supported'
+        )
+    yarn = kinds == {"yarn"}
+    known = {"type", "rope_type", "rope_theta", *ROPE_SUPPORTED, *((*YARN_FIELDS, "attention_factor") if yarn else ())}
+    if unknown := sorted(entry.keys() - known):
+        raise ConfigError(f"{name} of type {_shown(kinds.pop())} has unknown fields: {', '.join(unknown)}")
+    for problem in _unsupported(entry, ROPE_SUPPORTED, f"{name}."):
+        raise ConfigError(problem)
+    if not yarn:
+        return None
+    if entry.get("factor") is None:
+        raise ConfigError(f"{name} has no factor, but YaRN needs one")
+    length = entry.get("original_max_position_embeddings", merged["max_position_embeddings"])
+    fields = {
+        "type": "yarn",
+        "factor": entry["factor"],
+        "original_max_position_embeddings": length,
+        "beta_fast": entry.get("beta_fast") or 32,
+        "beta_slow": entry.get("beta_slow") or 1,
+        "mscale": entry.get("mscale") or 0,
+        "mscale_all_dim": entry.get("mscale_all_dim") or 0,
+    }
+    return fields
+
+
+def _check_attention_factor(values: dict[str, Any], scaling: RopeScaling | None) -> None:
+    """Refuses an amplitude of cos and sin other than the one that follows from factor and mscale."""
+    if scaling is None:
+        return
+    rise = 0.1 * math.log(scaling.factor)
+    derived = 1 + rise
+    if scaling.mscale and scaling.mscale_all_dim:
+        derived = (1 + scaling.mscale * rise) / (1 + scaling.mscale_all_dim * rise)
+    for name in ("rope_parameters", "rope_scaling"):
+        given = (values.get(name) or {}).get("attention_factor")
+        if given is not None and not (isinstance(given, (int, float)) and math.isclose(given, derived, rel_tol=1e-6)):
+            raise ConfigError(
+                f"{name}.attention_factor is {_shown(given)}, but only {derived:.6g} (from factor and mscale) "
+                "is supported"
+            )
+
+
+def _dtype(values: dict[str, Any]) -> str | None:
+    found = {name: values[name] for name in ("dtype", "torch_dtype") if values.get(name) is not None}
+    for name, value in found.items():
+        if value not in DTYPES:
+            raise ConfigError(f"{name} is {_shown(value)}, but only {', '.join(DTYPES)} are supported")
+    if len(set(found.values())) > 1:
+        raise ConfigError("dtype and torch_dtype contradict each other; keep one of them")
+    return next(iter(found.values()), None)
+
+
+def _quantization(values: dict[str, Any]) -> Quantization | None:
+    entry, name = values.get("quantization_config"), "quantization_config"
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{name} must be an object or null, but is {_shown(entry)}")
+    for problem in _unsupported({"quant_method": None} | entry, QUANTIZATION_SUPPORTED, f"{name}."):
+        raise ConfigError(problem)
+    if unknown := sorted(entry.keys() - QUANTIZATION_SUPPORTED.keys() - QUANTIZATION_KNOWN):
+        raise ConfigError(f"{name} has unknown fields: {', '.join(unknown)}")
+    block = entry.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise ConfigError(f"{name}.weight_block_size must be two whole numbers above 0, but is {_shown(block)}")
+    return Quantization((block[0], block[1]), "ue8m0" if entry.get("scale_fmt") == "ue8m0" else "float32")
