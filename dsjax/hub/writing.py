@@ -1,0 +1,230 @@
+"""Arrays as a published checkpoint: the same names, layouts and files, whole or not at all."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from dsjax.config import ConfigError
+from dsjax.hub import names
+from dsjax.hub.architecture import Quantization, published_config
+from dsjax.hub.names import SCALE, Place
+from dsjax.hub.reading import BFLOAT16, FLOAT32, Loaded, as_kind, is_finite
+from dsjax.hub.safetensors import Writer
+from dsjax.numerics.fp8 import E4M3, Blocks, dequantize_blocks, quantize_blocks, scale_shape
+
+CONFIG = "config.json"
+# What belongs to a model beside its weights, and is carried along as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "tokenization*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tiktoken.model",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+SHARD_BYTES = 4 << 30  # DeepSeek's shards have about as many
+Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]  # published name -> dtype and shape
+V3_BLOCKS = Quantization((128, 128), "float32")
+
+
+def save(
+    path: str | Path,
+    model: Loaded,
+    dtype: Any = None,
+    *,
+    scale_format: str = "float32",
+    companions: str | Path | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a directory that Hugging Face transformers loads, and `load` too.
+
+    Args:
+      path: a new or empty directory. It appears when everything is written, and not before.
+      model: the architecture and its arrays.
+      dtype: of the tensors: "float32", "bfloat16", or "float8_e4m3fn" for what DeepSeek publishes in block FP8, and
+        BF16 for the rest; None writes each array as it is. Routing biases are FP32 always.
+      scale_format: of block FP8: "float32" (V3), or "ue8m0", powers of two (V3.1).
+      companions: a directory whose tokenizer files are copied.
+      bos_token_id, eos_token_id: for config.json.
+      max_shard_bytes: of one file.
+
+    The host holds a few tensors at a time. With several processes all must call it; the first one writes.
+
+    Raises:
+      ConfigError: the directory is in use or cannot be written, no published class has this architecture, or an array
+        holds NaN or infinity.
+    """
+    path, kind = Path(path), as_kind(dtype)
+    kept = model.quantization if kind is None else None
+    form = Format(kind, kept or Quantization(V3_BLOCKS.block, scale_format))
+    arrays = names.flat(model.params) | names.flat(model.router_bias)
+    weights = {name: leaf.weight if isinstance(leaf, Blocks) else leaf for name, leaf in arrays.items()}
+    places = names.places(weights, model.config)
+    order = list(places) + [name for name in names.copies(model.config) if name != "lm_head.weight"]
+    originals = names.copies(model.config)
+
+    def fetched() -> Iterator[tuple[str, np.ndarray]]:
+        for name in order:
+            place = places[originals.get(name, name)]
+            number, scale = _fetch(arrays[place.path], place)
+            yield from form.encode(name, number, scale, model.quantization)
+
+    plan: Plan = {}
+    for name in order:
+        place = places[originals.get(name, name)]
+        plan |= form.plan(name, np.dtype(weights[place.path].dtype), place.shape)
+    quantization = form.quantization if any(dtype == E4M3 for dtype, _ in plan.values()) else None
+    main = next(dtype for name, (dtype, _) in plan.items() if name.endswith("embed_tokens.weight"))
+    values = published_config(model.config, main.name, quantization, bos_token_id, eos_token_id)
+    write(path, values, plan, fetched(), Path(companions) if companions else None, max_shard_bytes)
+
+
+class Format(NamedTuple):
+    """How tensors are written."""
+
+    kind: np.dtype | None  # None: each as it is
+    quantization: Quantization
+
+    def dtype(self, name: str, stored: np.dtype) -> np.dtype:
+        """Of the published tensor `name`, which is in `stored` now."""
+        if name.endswith("e_score_correction_bias"):
+            return FLOAT32
+        if self.kind is None:
+            return stored
+        return BFLOAT16 if self.kind == E4M3 and not names.is_quantised(name) else self.kind
+
+    def plan(self, name: str, stored: np.dtype, shape: tuple[int, ...]) -> Plan:
+        """The tensors that `encode` will give for `name`: their dtypes and shapes."""
+        dtype = self.dtype(name, stored)
+        if dtype != E4M3:
+            return {name: (dtype, shape)}
+        return {name: (dtype, shape), name + SCALE: (FLOAT32, scale_shape(shape, self.quantization.block))}
+
+    def encode(
+        self, name: str, numbers: np.ndarray, scale: np.ndarray | None, now: Quantization | None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors to write for `name`.
+
+        Args:
+          name: published.
+          numbers: in the published layout; E4M3 with their `scale`.
+          scale: FP32, or None.
+          now: the blocks of `scale`.
+
+        Raises:
+          ConfigError: there is NaN or infinity among them.
+        """
+        dtype = self.dtype(name, numbers.dtype)
+        if scale is not None and (dtype != E4M3 or now != self.quantization):
+            assert now is not None
+            numbers, scale = dequantize_blocks(numbers, scale, now.block, np.float32), None
+        if not is_finite(numbers):
+            raise ConfigError(f"{name} holds NaN or infinity, so it is not written; go back to an earlier checkpoint")
+        if dtype == E4M3 and scale is None:
+            numbers, scale = _quantised(name, numbers, self.quantization)
+        yield name, np.ascontiguousarray(numbers.astype(dtype, copy=False))
+        if scale is not None:
+            yield name + SCALE, np.ascontiguousarray(scale, np.float32)
+
+
+def _quantised(name: str, numbers: np.ndarray, quantization: Quantization) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return quantize_blocks(np.ascontiguousarray(numbers), quantization.block, quantization.scale_format)
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be written in FP8: {error}; choose another dtype") from error
+
+
+def write(
+    path: Path,
+    config: Mapping[str, Any],
+    plan: Plan,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    companions: Path | None,
+    max_shard_bytes: int,
+) -> None:
+    """Writes a whole directory: the planned tensors, config.json, the companion files of another directory."""
+    total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", disable=None, delay=1)
+    if jax.process_index() > 0:  # takes part in fetching
+        for _ in tensors:
+            pass
+        return
+    with bar, staged(path) as directory:
+        with Writer(directory, plan, max_shard_bytes) as writer:
+            for name, array in tensors:
+                writer.add(name, array)
+                bar.update(array.nbytes)
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in companion_files(companions) if companions else ():
+            shutil.copyfile(file, directory / file.name)
+
+
+def companion_files(directory: Path) -> list[Path]:
+    """The files of a model's directory that belong to it beside config and weights."""
+    return sorted({file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()})
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` at the end, and is removed where the end is not reached.
+
+    Raises:
+      ConfigError: `path` is in use, or the disk does not take what is written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"{path} exists already; give a new or empty directory")
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}); nothing of it is left") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fetch(leaf: Any, place: Place) -> tuple[np.ndarray, np.ndarray | None]:
+    """One published tensor from our array, with its scales where it has any."""
+    if isinstance(leaf, Blocks):
+        return tuple(place.as_published(_take(part, place.index)) for part in leaf)
+    return place.as_published(_take(leaf, place.index)), None
+
+
+def _take(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    """array[index] on the host; of an array that is spread out, nothing else comes there."""
+    if isinstance(array, np.ndarray) or len(array.sharding.device_set) == 1 and array.device.platform == "cpu":
+        return np.asarray(array)[index]
+    mesh = getattr(array.sharding, "mesh", None)
+    taken = _taker(mesh)(array, tuple(map(np.int32, index)))
+    return np.asarray(taken.addressable_data(0))
+
+
+@lru_cache
+def _taker(mesh: Mesh | None) -> Any:
+    def take(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        for i in index:
+            array = lax.dynamic_index_in_dim(array, i, keepdims=False)
+        return array
+
+    return jax.jit(take, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
