@@ -6,24 +6,32 @@ which 58 x 256 are routing biases, and 11,610,068,224 of multi-token prediction.
 
     dsjax train --config configs/deepseek_v3.py --workdir RUN --distributed --config.data.sources=text_files:CORPUS
 
-`configs/deepseek_v3.py:released` is the architecture of the published checkpoint: pretraining is plain RoPE at 4K;
-the checkpoint was extended afterwards with YaRN (section 4.3: 1,000 steps of 1,920 sequences of 32K, then 1,000
-of 480 sequences of 128K, at a rate of 7.3e-6), and needs YaRN for texts of any length.
+Pretraining is plain RoPE at 4K. Afterwards the context is extended with YaRN in two phases (section 4.3), each begun
+with the weights of the run before:
 
-Not the report's: the mesh, the microbatch and what is recomputed (it pipelines over 16 stages) and the precision (it
+    dsjax train --config configs/deepseek_v3.py:extension_32k --config.init_from=RUN --workdir RUN_32K ...
+    dsjax train --config configs/deepseek_v3.py:extension_128k --config.init_from=RUN_32K --workdir RUN_128K ...
+
+`:released` is the architecture of the published checkpoint, which has been through both and needs YaRN for texts of any
+length. To train that one further, `--config.init_from=DIRECTORY` with any config takes the architecture from it.
+
+Not the report's: in the extension the routing bias and MTP's weight are as at the end of pretraining, which section
+4.3 does not say; the mesh, the microbatch and what is recomputed (it pipelines over 16 stages) and the precision (it
 multiplies in FP8). Nobody has trained with this file: over 64 expert ranks `all_gather` holds the tokens of all 64,
-which is more memory and traffic than the report's all-to-all takes.
+which is more memory and traffic than the report's all-to-all takes; and a sequence lives on one device, so that the
+extension's 480 sequences keep at most 480 devices busy, and 32 of them hold the weights.
 Left out: the random splitting of tokens that join punctuation and a line break (section 4.1).
 """
 
 from dsjax.config import ConfigError, base_config
 
 BILLION, TRILLION = 10**9, 10**12
+FORMS = ("pretraining", "extension_32k", "extension_128k", "released")
 
 
 def get_config(form: str = "pretraining"):
-    if form not in ("pretraining", "released"):
-        raise ConfigError(f'unknown form "{form}" of deepseek_v3; valid are pretraining, released')
+    if form not in FORMS:
+        raise ConfigError(f'unknown form "{form}" of deepseek_v3; valid are {", ".join(FORMS)}')
     config = base_config()
     config.model.update(
         vocab_size=129280,
@@ -54,7 +62,7 @@ def get_config(form: str = "pretraining"):
         num_nextn_predict_layers=1,
         aux_loss_alpha=1e-4,
     )
-    if form == "released":
+    if form != "pretraining":
         config.model.max_position_embeddings = 163840
         config.model.rope_scaling = {
             "type": "yarn",
@@ -102,4 +110,24 @@ def get_config(form: str = "pretraining"):
     )
     config.checkpoint.every_steps = 500
     config.evaluation.update(every_steps=1000, sequences=1024)
+    if form == "extension_32k":
+        extend(config, sequence_length=32 * 1024, batch_size=1920, expert=64, fsdp=2)
+    if form == "extension_128k":
+        extend(config, sequence_length=128 * 1024, batch_size=480, expert=32, fsdp=1)
     return config
+
+
+def extend(config, sequence_length, batch_size, expert, fsdp):
+    """One of the two phases: 1,000 steps of 62.9M tokens at the last rate of pretraining."""
+    config.data.sequence_length = sequence_length
+    config.mesh.update(expert=expert, fsdp=fsdp)  # the batch is a multiple of their product
+    config.optimizer.update(
+        learning_rate=7.3e-6, warmup_tokens=0, constant_tokens=1000 * batch_size * sequence_length, decay_tokens=None
+    )
+    config.optimizer.update(decay_learning_rate=7.3e-6, hold_tokens=None, final_learning_rate=None)
+    config.training.update(total_steps=1000, batch_size=batch_size, microbatch_size=batch_size)
+    config.training.update(initial_batch_size=None, batch_ramp_tokens=0, bias_update_speed=0.0)
+    config.training.update(bias_update_tokens=None, mtp_loss_weight=0.1, mtp_loss_weight_final=None)
+    config.training.mtp_switch_tokens = None
+    config.checkpoint.every_steps = 100
+    config.evaluation.update(every_steps=100, sequences=expert * fsdp)

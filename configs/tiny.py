@@ -6,13 +6,19 @@ library as text.
 
     dsjax train --config configs/tiny.py --devices 8 --workdir runs/tiny
 
+`:extension` is the same with four times the context, by YaRN, for a while, as V3's is extended after pretraining:
+
+    dsjax train --config configs/tiny.py:extension --devices 8 --workdir runs/tiny_1k --config.init_from=runs/tiny
+
 Without --devices it runs on what there is, if that is a multiple of 4; on one device add --config.mesh.expert=1.
 """
 
-from dsjax.config import base_config
+from dsjax.config import ConfigError, base_config
 
 
-def get_config():
+def get_config(form: str = "pretraining"):
+    if form not in ("pretraining", "extension"):
+        raise ConfigError(f'unknown form "{form}" of tiny; valid are pretraining, extension')
     config = base_config()
 
     # The architecture is the base's; here only what makes the routing DeepSeek-V3's.
@@ -32,4 +38,10 @@ def get_config():
 
     config.precision = "fp32"  # CPUs are slow in BF16
     config.hardware.price_per_chip_hour = 0.08  # a small cloud machine; on a CPU the whole machine is the chip
+    if form == "extension":
+        config.data.sequence_length = 1024
+        config.model.rope_scaling = {"factor": 4.0, "original_max_position_embeddings": 256}
+        config.training.update(total_steps=20, batch_size=8, bias_update_speed=0.0)
+        config.optimizer.update(learning_rate=3e-4, warmup_tokens=0)
+        config.evaluation.update(every_steps=10, sequences=16)
     return config

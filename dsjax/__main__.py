@@ -10,7 +10,9 @@ import json
 import math
 import os
 import sys
-from typing import NoReturn
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import dsjax
 from dsjax.config import Config, load
@@ -24,10 +26,15 @@ examples:
   dsjax prepare --config configs/tiny.py --config.data.sources=text_files:books
   dsjax generate --checkpoint runs/tiny --prompt "def main():" --max-new-tokens 200
   dsjax report runs/tiny
+  dsjax convert runs/tiny tiny-bf16
+  dsjax inspect tiny-bf16
   dsjax bench --config configs/bench.py --baseline dense
 
 Any field of the configuration can be set: --config.section.field=value. `dsjax COMMAND --help` tells more.
 """
+
+CONVERTED = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp32": "float32"}
+SCALE_FORMATS = ("float32", "ue8m0")
 
 # On a simulated mesh all devices share the cores, so ranks of one collective can arrive minutes apart.
 SIMULATED_FLAGS = (
@@ -69,10 +76,16 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"dsjax {args.command} reads no config file, so --config.{overrides[0]} has no effect")
     config = None
     if "config" in args:
-        config = load(args.config, overrides)
+        config = load(args.config, overrides, partial(_adopt, run=getattr(args, "workdir", None)))
         hardware.check_name(config.hardware.name)
     _set_environment(args)
     return args.function(args, config) or 0
+
+
+def _adopt(values: dict[str, Any], init_from: str, overridden: set[str], run: str | None) -> None:
+    from dsjax.training.adoption import adopt
+
+    adopt(values, init_from, overridden, run)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -128,9 +141,11 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     prepare = add("prepare", _prepare, "tokenise and pack the text of a config, once; train does it by itself")
     train = add("train", _train, "train, or go on where the run directory left off")
-    generate = add("generate", _generate, "continue a prompt with the newest checkpoint of a run")
+    generate = add("generate", _generate, "continue a prompt with a run's newest checkpoint, or with a published one")
     report = add("report", _report, "draw the curves of a run to PNG and one HTML page")
     bench = add("bench", _bench, "time the train step and print JSON")
+    convert = add("convert", _convert, "write a run or a published checkpoint as a published one, in another precision")
+    inspect = add("inspect", _inspect, "tell what is in a published checkpoint or a run, and whether it is all there")
 
     path = os.path.expanduser  # shells leave the ~ of --workdir=~/run alone
     for command in (prepare, train, bench):
@@ -142,14 +157,29 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         command.add_argument("--devices", type=int, metavar="N", help="simulate N devices on the CPU")
     train.add_argument("--workdir", required=True, type=path, metavar="DIR", help="the directory of the run")
     train.add_argument("--distributed", action="store_true", help="one of several processes (SLURM, TPU pod, ...)")
-    generate.add_argument("--checkpoint", required=True, type=path, metavar="RUN", help="the directory of a run")
+    generate.add_argument(
+        "--checkpoint", required=True, type=path, metavar="PATH", help="the directory of a run, or of a published model"
+    )
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
+    generate.add_argument(
+        "--tokenizer", type=path, metavar="NAME", help="bytes, deepseek or a tokenizer.json; default: the model's own"
+    )
     report.add_argument("run", type=path, metavar="RUN", help="the directory of a run")
     report.add_argument("--out", type=path, metavar="DIR", help="where to write; default: inside the run")
     bench.add_argument("--baseline", choices=("dense",), help="time a dense model of equal active parameters too")
+    convert.add_argument("source", type=path, metavar="SRC", help="a run, or a directory as on the Hugging Face hub")
+    convert.add_argument("destination", type=path, metavar="DST", help="a new directory")
+    convert.add_argument("--dtype", choices=tuple(CONVERTED), default="bf16", help="default: bf16; fp8: in blocks")
+    convert.add_argument(
+        "--scale-format", choices=SCALE_FORMATS, help="scales of fp8: float32 (V3) or ue8m0 (V3.1); default: as in SRC"
+    )
+    inspect.add_argument("path", type=path, metavar="PATH", help="a published checkpoint or a run")
+    inspect.add_argument(
+        "--values", action="store_true", help="read all numbers of a published one: their magnitudes, and any NaN"
+    )
     bench.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, at least 10")
     return parser, dict(commands.choices)
 
@@ -158,6 +188,8 @@ def _set_environment(args: argparse.Namespace) -> None:
     """What must stand before JAX is imported (simulated devices) or first used (other processes)."""
     devices = getattr(args, "devices", None)
     distributed = getattr(args, "distributed", False)
+    if getattr(args, "command", None) in ("convert", "inspect"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # they move bytes; accelerators are left to others
     if devices is not None:
         if devices < 1:
             raise ConfigError(f"--devices is {devices}, but must be at least 1")
@@ -200,9 +232,9 @@ def _generate(args: argparse.Namespace, config: None) -> None:
         args.prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("--prompt is not UTF-8; set the terminal to UTF-8 or choose another text") from error
-    from dsjax.inference.generate import generate_from_run
+    from dsjax.inference.generate import generate
 
-    print(generate_from_run(args.checkpoint, args.prompt, args.max_new_tokens, args.temperature, args.seed))
+    print(generate(args.checkpoint, args.prompt, args.max_new_tokens, args.temperature, args.seed, args.tokenizer))
 
 
 def _report(args: argparse.Namespace, config: None) -> None:
@@ -217,6 +249,32 @@ def _bench(args: argparse.Namespace, config: Config) -> None:
     from dsjax.training.bench import bench
 
     print(json.dumps(bench(config, args.baseline, args.steps), indent=2))
+
+
+def _convert(args: argparse.Namespace, config: None) -> None:
+    from dsjax import hub
+    from dsjax.hub.architecture import is_published
+    from dsjax.training.export import export
+
+    dtype = CONVERTED[args.dtype]
+    if is_published(Path(args.source)):
+        hub.convert(args.source, args.destination, dtype, scale_format=args.scale_format)
+    else:
+        export(args.source, args.destination, dtype, scale_format=args.scale_format or SCALE_FORMATS[0])
+    print(f"written: {args.destination}")
+
+
+def _inspect(args: argparse.Namespace, config: None) -> int:
+    from dsjax.hub.architecture import is_published
+    from dsjax.hub.inspection import inspect
+    from dsjax.training.export import inspect_run
+
+    if not is_published(Path(args.path)):
+        print(inspect_run(args.path))
+        return 0
+    text, is_complete = inspect(args.path, args.values)
+    print(text)
+    return 0 if is_complete else 1
 
 
 if __name__ == "__main__":

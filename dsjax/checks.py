@@ -49,7 +49,7 @@ CHOICES = {
     "training.remat": ("none", "deepseek", "full"),
 }
 
-NOT_EMPTY = ("data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
+NOT_EMPTY = ("init_from", "data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
 
 SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME")
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,22 +211,37 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: str = "bf16"  # "fp32" or "bf16": the dtype of matmuls; master weights are FP32 either way
+    # Weights to begin with: a published checkpoint's directory or a run's; None: random ones. See training/adoption.py.
+    init_from: str | None = None
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> Config:
+Adopt = Callable[[dict[str, Any], str, set[str]], None]  # (values, init_from, names that are overridden)
+
+
+def load(path: str, overrides: Iterable[str] = (), adopt: Adopt | None = None) -> Config:
     """Reads a config file, applies overrides and checks the result; everything but JAX.
 
     path: a Python file with `get_config() -> ml_collections.ConfigDict`; `FILE.py:ARGUMENT` calls
         `get_config("ARGUMENT")`.
     overrides: `section.field=value`, later ones win; values are written as on the command line: `None`, `true`,
         `1_000`, `1e6`, tuples with commas.
+    adopt: where the configuration has `init_from`, puts what that checkpoint decides into the file's values; overrides
+        come after it.
     Raises ConfigError, in one sentence, for anything wrong in either.
     """
     values = _run_file(path)
+    changes: dict[str, str] = {}
     for change in overrides:
         name, equals, text = change.partition("=")
         if not equals:
             raise ConfigError(f"--config.{name} needs a value, as in --config.training.seed=1")
+        changes.pop(name, None)
+        changes[name] = text
+    if "init_from" in changes:
+        override(Config, values, "init_from", changes["init_from"])
+    if adopt and isinstance(values.get("init_from"), str):
+        adopt(values, values["init_from"], set(changes))
+    for name, text in changes.items():
         override(Config, values, name, text)
     return from_dict(values)
 

@@ -33,7 +33,7 @@ def called(monkeypatch):
     stand_in("dsjax.training.loop", "train", types.SimpleNamespace(exit_code=0))
     stand_in("dsjax.training.report", "report", "page.html")
     stand_in("dsjax.training.bench", "bench", {"mfu": 0.5})
-    stand_in("dsjax.inference.generate", "generate_from_run", "a text")
+    stand_in("dsjax.inference.generate", "generate", "a text")
     return calls
 
 
@@ -145,7 +145,7 @@ def test_distributed_without_a_cluster_is_told(repository, tmp_path):
 
 def test_arguments_reach_generate_report_and_bench(called, tiny, capsys):
     assert main(["generate", "--checkpoint", "run", "--prompt", "a b", "--max-new-tokens", "5", "--seed", "2"]) == 0
-    assert called["generate_from_run"] == ("run", "a b", 5, 0.8, 2)
+    assert called["generate"] == ("run", "a b", 5, 0.8, 2, None)
     assert main(["report", "run", "--out", "there"]) == 0
     assert called["report"] == ("run", "there")
     assert capsys.readouterr().out == "a text\npage.html\n"

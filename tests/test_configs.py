@@ -44,7 +44,7 @@ def test_released_form_differs_by_yarn_only(shipped, name):
     assert released.model.max_position_embeddings == 163840
     assert parameters(released.model) == parameters(pretraining.model)
     assert released.training == pretraining.training
-    with pytest.raises(ConfigError, match="valid are pretraining, released"):
+    with pytest.raises(ConfigError, match="valid are pretraining, "):
         shipped(f"{name}.py:chat")
 
 
@@ -180,6 +180,22 @@ def test_released_yarn_is_the_published_one(shipped, name, mscale):
 
 def test_moonlight_fits_the_largest_mesh_it_names(repository):
     load(str(repository / "configs" / "moonlight_16b.py"), ["mesh.data=32"])
+
+
+@pytest.mark.parametrize("form, length, batch", [("extension_32k", 32768, 1920), ("extension_128k", 131072, 480)])
+def test_v3_is_extended_as_published(shipped, form, length, batch):
+    config = shipped(f"deepseek_v3.py:{form}")
+    assert config.model == shipped("deepseek_v3.py:released").model
+    assert (config.data.sequence_length, config.training.batch_size, config.training.total_steps) == (
+        length,
+        batch,
+        1000,
+    )
+    assert length * batch == 15360 * 4096
+    for done in (0, 500, 999):
+        now = schedule(config).hyperparameters(done * batch)
+        assert (now["learning_rate"], now["bias_update_speed"], now["mtp_loss_weight"]) == (7.3e-6, 0, 0.1)
+        assert schedule(config).batch_size(done * batch) == batch
 
 
 V3 = [  # billions of tokens, learning rate, bias speed, MTP weight [V3 section 4.2]

@@ -10,7 +10,7 @@ import pytest
 import small
 
 from dsjax.config import Config, ConfigError, to_dict
-from dsjax.inference.generate import decode, generate_from_run
+from dsjax.inference.generate import decode, generate
 from dsjax.training import checkpoint
 from dsjax.training.state import build_network
 
@@ -94,29 +94,31 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("prompt", ["", "abc", "日本 ü"])
 def test_text_of_a_run_begins_with_the_prompt(run, prompt):
-    text = generate_from_run(str(run), prompt, 12, 1.0, 3)
+    text = generate(str(run), prompt, 12, 1.0, 3)
     assert text.startswith(prompt) and len(text) > len(prompt)
-    assert text == generate_from_run(str(run), prompt, 12, 1.0, 3)
+    assert text == generate(str(run), prompt, 12, 1.0, 3)
 
 
 def test_run_of_a_larger_mesh_generates_on_fewer_devices(run, monkeypatch):
-    expected = generate_from_run(str(run), "abc", 12, 0.0, 0)
+    expected = generate(str(run), "abc", 12, 0.0, 0)
     for count in (1, 3):
         devices = jax.devices()[:count]
         monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
-        assert generate_from_run(str(run), "abc", 12, 0.0, 0) == expected
+        assert generate(str(run), "abc", 12, 0.0, 0) == expected
         monkeypatch.undo()
 
 
 def test_prompt_and_continuation_may_fill_all_positions_and_no_more(run):
-    assert generate_from_run(str(run), "a" * 40, 8, 1.0, 0).startswith("a" * 40)
+    assert generate(str(run), "a" * 40, 8, 1.0, 0).startswith("a" * 40)
     with pytest.raises(ConfigError, match="the prompt's 40 tokens and 9 new ones exceed max_position_embeddings = 48"):
-        generate_from_run(str(run), "a" * 40, 9, 1.0, 0)
+        generate(str(run), "a" * 40, 9, 1.0, 0)
 
 
 def test_directory_without_a_checkpoint_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for name in ("empty", "missing", "file"):
-        with pytest.raises(ConfigError, match=f"{name} holds no checkpoint of a dsjax run; give the --workdir"):
-            generate_from_run(str(tmp_path / name), "x", 1, 0.0, 0)
+        with pytest.raises(
+            ConfigError, match=f"{name} holds no checkpoint of a dsjax run, and no config.json of a published one; give"
+        ):
+            generate(str(tmp_path / name), "x", 1, 0.0, 0)

@@ -15,6 +15,7 @@ ROOMS = [
     "numerics",
     "model",
     "data",
+    "hub",
     "training",
     "inference",
     "__main__",
@@ -28,7 +29,10 @@ FENCES = {  # library: the places that may import it, as prefixes of paths insid
     "tensorflow_datasets": ("data/",),
     "grain": ("data/",),
 }
-WITHOUT_JAX = ("__init__.py", "sections.py", "checks.py", "config.py", "planning/")
+WITHOUT_JAX = (
+    *("__init__.py", "sections.py", "checks.py", "config.py", "planning/", "training/adoption.py"),
+    *("hub/architecture.py", "hub/directory.py", "hub/safetensors.py"),
+)
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.util
+import json
+import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -47,6 +49,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
 
+    def write(self, directory: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, from which transformers makes the same tokenizer."""
+
 
 class ByteTokenizer:
     """One token a UTF-8 byte, then end-of-document and the three FIM tokens."""
@@ -64,6 +69,20 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def write(self, directory: Path) -> None:
+        names = (EOS_NAMES[1], *FIM_NAMES[2])
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocabulary = {_byte_character(byte): byte for byte in range(256)}
+        content = {
+            "version": "1.0",
+            "added_tokens": [_special(name, self.eos_id + i) for i, name in enumerate(names)],
+            "pre_tokenizer": level,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        }
+        _write_json(directory / "tokenizer.json", content)
+        _write_json(directory / "tokenizer_config.json", _tokenizer_config(names[0]))
 
 
 class JsonTokenizer:
@@ -95,6 +114,7 @@ class JsonTokenizer:
         fim = [names for names in FIM_NAMES if all(name in vocabulary for name in names)]
         self.fim_ids = tuple(vocabulary[name] for name in fim[0]) if fim else None
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self._path, self._eos = path, next(name for name in EOS_NAMES if name in vocabulary)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -105,6 +125,35 @@ class JsonTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def write(self, directory: Path) -> None:
+        shutil.copyfile(self._path, directory / "tokenizer.json")
+        beside = self._path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            shutil.copyfile(beside, directory / beside.name)
+        else:
+            _write_json(directory / beside.name, _tokenizer_config(self._eos))
+
+
+def _byte_character(byte: int) -> str:
+    """The printable character that stands for a byte in a byte-level vocabulary, as GPT-2 chose them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    if byte in printable:
+        return chr(byte)
+    return chr(256 + sum(1 for other in range(byte) if other not in printable))
+
+
+def _special(name: str, token: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": name, "special": True, **flags}
+
+
+def _tokenizer_config(eos: str) -> dict[str, Any]:
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def load(name: str) -> Tokenizer:

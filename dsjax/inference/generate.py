@@ -1,8 +1,10 @@
 """Continues a prompt with a trained model: a plain decode that runs the whole sequence for every token."""
 
+import dataclasses
 import functools
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,54 +12,116 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from dsjax.config import Config, ConfigError, MeshConfig, from_dict
+from dsjax import hub
+from dsjax.config import Config, ConfigError, MeshConfig, ModelConfig, from_dict
 from dsjax.data import tokenizer as tokenizers
+from dsjax.hub.architecture import is_published
+from dsjax.hub.directory import read_architecture
 from dsjax.sharding import make_mesh
 from dsjax.training import checkpoint
 from dsjax.training.machine import use_compile_cache
 from dsjax.training.state import abstract_state, build_network
+from dsjax.training.workdir import CHECKPOINTS
 
 LENGTH_BUCKET = 64  # sequences are padded to a multiple, so that prompts of similar length share a program
 
 
-def generate_from_run(run: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and its continuation by the newest checkpoint of a run.
+class Ready(NamedTuple):
+    """A model on its devices, ready to decode."""
+
+    config: Config
+    mesh: Mesh
+    params: Any
+    router_bias: Any
+
+
+def generate(
+    path: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, tokenizer: str | None = None
+) -> str:
+    """The prompt and its continuation by the newest checkpoint of a run, or by a published checkpoint.
 
     Args:
-      run: the run's directory.
+      path: the directory of either.
       prompt: text; an empty one starts a new document.
       max_new_tokens: at most so many; the end of the document ends the text before.
       temperature: 0 takes the likeliest token; otherwise one is drawn from softmax(logits / temperature).
       seed: of the draws.
+      tokenizer: as config.data.tokenizer; None: the run's, or the tokenizer.json of the published checkpoint.
 
     Raises:
       ConfigError: there is no usable checkpoint, or prompt and continuation exceed max_position_embeddings.
     """
-    directory = Path(run) / "checkpoints"
-    step = checkpoint.latest(directory)
-    if step is None:
-        raise ConfigError(f"{run} holds no checkpoint of a dsjax run; give the --workdir of a run that saved one")
-    config = from_dict(checkpoint.read_meta(directory, step)["config"])
-    use_compile_cache(config.monitor.compile_cache)
-    mesh = _mesh_for(config.mesh)
+    directory = Path(path)
+    config = _published_config(directory, tokenizer) if is_published(directory) else _run_config(directory, tokenizer)
     text = tokenizers.load(config.data.tokenizer)
     ids = text.encode(prompt) or [text.eos_id]
-    if len(ids) + max_new_tokens > config.model.max_position_embeddings:
-        raise ConfigError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones exceed max_position_embeddings ="
-            f" {config.model.max_position_embeddings}; shorten the prompt or lower --max-new-tokens"
-        )
-    state = abstract_state(config, mesh)
-    wanted = {"params": state.params, "router_bias": state.router_bias}
-    loaded = checkpoint.restore(directory, step, wanted, part=True)
-    new_ids = decode(
-        config, mesh, loaded["params"], loaded["router_bias"], ids, max_new_tokens, temperature, seed, text.eos_id
-    )
+    _check_fit(config.model, text.vocab_size, config.data.tokenizer, len(ids), max_new_tokens)
+    use_compile_cache(config.monitor.compile_cache)
+    model = _load_published(directory, config) if is_published(directory) else _load_run(directory, config)
+    new_ids = decode(*model, ids, max_new_tokens, temperature, seed, text.eos_id)
     return text.decode(ids if prompt else []) + text.decode(new_ids)
 
 
+def _check_fit(model: ModelConfig, vocab_size: int, tokenizer: str, prompt: int, new: int) -> None:
+    if prompt + new > model.max_position_embeddings:
+        raise ConfigError(
+            f"the prompt's {prompt} tokens and {new} new ones exceed max_position_embeddings ="
+            f" {model.max_position_embeddings}; shorten the prompt or lower --max-new-tokens"
+        )
+    if vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer!r} has {vocab_size} tokens, but the model only {model.vocab_size}; give the"
+            " model's own with --tokenizer"
+        )
+
+
+def _run_config(run: Path, tokenizer: str | None) -> Config:
+    directory = run / CHECKPOINTS
+    step = checkpoint.latest(directory)
+    if step is None:
+        raise ConfigError(
+            f"{run} holds no checkpoint of a dsjax run, and no config.json of a published one; give the --workdir of a"
+            " run that saved one, or a directory as on the Hugging Face hub"
+        )
+    config = from_dict(checkpoint.read_meta(directory, step)["config"])
+    return _with_tokenizer(config, tokenizer or config.data.tokenizer)
+
+
+def _published_config(directory: Path, tokenizer: str | None) -> Config:
+    """What decoding needs of a Config: the architecture without MTP, BF16 arithmetic, the tokenizer beside it."""
+    model = dataclasses.replace(read_architecture(directory), num_nextn_predict_layers=0)
+    own = directory / "tokenizer.json"
+    if tokenizer is None and not own.is_file():
+        raise ConfigError(f"{directory} has no tokenizer.json; give one with --tokenizer bytes|deepseek|FILE")
+    return _with_tokenizer(Config(model=model), tokenizer or str(own))
+
+
+def _with_tokenizer(config: Config, name: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+
+
+def _load_run(run: Path, config: Config) -> Ready:
+    mesh = _mesh_for(config.mesh)
+    step = checkpoint.latest(run / CHECKPOINTS)
+    assert step is not None
+    state = abstract_state(config, mesh)
+    wanted = {"params": state.params, "router_bias": state.router_bias}
+    loaded = checkpoint.restore(run / CHECKPOINTS, step, wanted, part=True)
+    return Ready(config, mesh, loaded["params"], loaded["router_bias"])
+
+
+def _load_published(directory: Path, config: Config) -> Ready:
+    """Weights as stored, over all devices: experts first, then fsdp, as far as the sizes divide."""
+    count, model = len(jax.devices()), config.model
+    cut = math.gcd(model.hidden_size, model.kv_lora_rank, model.q_lora_rank or 0)
+    expert = math.gcd(model.n_routed_experts, count, cut)
+    mesh = _mesh_for(MeshConfig(1, math.gcd(cut // expert, count // expert), expert))
+    loaded = hub.load(directory, mesh, config=model)
+    return Ready(config, mesh, loaded.params, loaded.router_bias)
+
+
 def _mesh_for(trained: MeshConfig) -> Mesh:
-    """The run's own mesh without its data axis, which is of no use to one text; one device if there are too few."""
+    """A mesh without its data axis, which is of no use to one text; one device if there are too few."""
     devices = jax.devices()
     wanted = trained.fsdp * trained.expert
     if len(devices) < wanted:

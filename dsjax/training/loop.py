@@ -34,7 +34,8 @@ from dsjax.training.machine import machine, use_compile_cache
 from dsjax.training.monitor import Monitor, Step, dollars, duration, magnitude, read_rows
 from dsjax.training.report import report
 from dsjax.training.schedule import Schedule
-from dsjax.training.state import TrainState, abstract_state, init_state
+from dsjax.training.start import begin
+from dsjax.training.state import TrainState, abstract_state
 from dsjax.training.step import evaluate_step, place_batch, pretrain_step
 from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS, claim, write_config
 
@@ -98,6 +99,8 @@ def train(config: Config, workdir: str | Path) -> Summary:
         introduce(monitor, config, mesh, workdir, position, changes)
         train_step = compile_step(config, mesh, state, monitor)
         validate = make_validation(config, mesh, prepared)
+        if config.init_from and position.step == 0:
+            monitor.say(f"before the first step: {validation_line(validate(state))}")
         interrupt.has_begun = True
         monitor.restart_clock()
         for tokens, batch_size in batches(config, mesh, loader, schedule, position):
@@ -159,7 +162,7 @@ def find_start(config: Config, workdir: Path, fingerprint: str) -> tuple[Positio
 def load_state(config: Config, mesh: Mesh, workdir: Path, position: Position) -> TrainState:
     """The state at `position`, on the devices."""
     if position.step == 0:
-        return init_state(config, mesh)
+        return begin(config, mesh)
     state = checkpoint.restore(workdir / CHECKPOINTS, position.step, abstract_state(config, mesh))
     if int(state.step) != position.step:
         raise ConfigError(
@@ -303,6 +306,11 @@ def introduce(
     )
     if position.step:
         monitor.say(f"going on after step {position.step}" + "".join(f"\n  changed: {change}" for change in changes))
+    elif config.init_from:
+        monitor.say(
+            f"beginning with the weights of {config.init_from}, and so with its architecture; tokenizer"
+            f" {config.data.tokenizer}"
+        )
 
 
 def already_complete(config: Config, workdir: Path, position: Position) -> Summary:

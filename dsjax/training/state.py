@@ -56,6 +56,14 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     return init(jax.random.key(config.training.seed))
 
 
+def state_from(config: Config, mesh: Mesh, params: Any, router_bias: Any) -> TrainState:
+    """A state that begins with these arrays, which are sharded over `mesh`; nothing has been optimised yet."""
+    shardings = state_shardings(config, mesh)
+    begin = jax.jit(optimizer.adamw(config.optimizer).init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(params, router_bias, begin(params), step)
+
+
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The state as jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into."""
     net = build_network(config, mesh)

@@ -39,6 +39,11 @@ def claim(workdir: Path) -> None:
         )
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether `workdir` is that of a run that has saved at least once."""
+    return _read(workdir) is not None and any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+
+
 def write_config(workdir: Path, config: Config) -> None:
     """Writes `config` where `read_config` finds it; whole or not at all."""
     temporary = workdir / f".{CONFIG}.tmp"

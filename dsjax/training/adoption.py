@@ -1,0 +1,66 @@
+"""What a run takes over from the checkpoint that `init_from` names, before its configuration is checked. No JAX.
+
+The checkpoint decides the architecture and the tokenizer; the config file decides everything about training. A
+`--config.` override wins over both.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dsjax.config import ConfigError, ModelConfig
+from dsjax.hub.architecture import is_published
+from dsjax.hub.directory import read_architecture
+from dsjax.training import workdir
+
+# Fields of `model` that are no property of the weights.
+OF_TRAINING = ("aux_loss_alpha", "mtp_hidden_state", "initializer_range")
+DEFAULT_TOKENIZER = "bytes"
+
+
+def adopt(values: dict[str, Any], init_from: str, overridden: set[str], run: str | None = None) -> None:
+    """Puts into the nested `values` of a config file what the checkpoint decides.
+
+    Where the file has YaRN and the checkpoint has none, the context is to be extended: the file's positions stay.
+
+    Args:
+      values: changed in place.
+      init_from: the directory of a published checkpoint or of a run.
+      overridden: dotted names that the command line sets.
+      run: the directory of the run to be; where it has got a checkpoint of its own, that decides instead.
+
+    Raises:
+      ConfigError: there is no checkpoint in `init_from`, or one that dsjax cannot read.
+    """
+    own = Path(run) if run else None
+    source = own if own and workdir.has_checkpoint(own) else Path(init_from).expanduser()
+    model, tokenizer = _published(source, overridden) if is_published(source) else _of_run(source)
+    file = values["model"]
+    adopted = dataclasses.asdict(model) | {name: file[name] for name in OF_TRAINING}
+    if adopted["rope_scaling"] is None and file["rope_scaling"] is not None:
+        adopted |= {name: file[name] for name in ("rope_scaling", "max_position_embeddings")}
+    values["model"] = adopted
+    if tokenizer is not None and values["data"]["tokenizer"] == DEFAULT_TOKENIZER:
+        values["data"]["tokenizer"] = tokenizer
+
+
+def _published(directory: Path, overridden: set[str]) -> tuple[ModelConfig, str | None]:
+    model, tokenizer = read_architecture(directory), directory / "tokenizer.json"
+    if tokenizer.is_file():
+        return model, str(tokenizer)
+    if any(directory.glob("tiktoken*")) and "data.tokenizer" not in overridden:
+        raise ConfigError(
+            f"{directory} has its tokenizer in tiktoken's format, which dsjax does not read; give the same vocabulary"
+            " as a tokenizer.json with --config.data.tokenizer=FILE"
+        )
+    return model, None
+
+
+def _of_run(directory: Path) -> tuple[ModelConfig, str]:
+    if not workdir.has_checkpoint(directory):
+        raise ConfigError(
+            f"init_from: {directory} is neither a published checkpoint (config.json with a model_type, and"
+            " safetensors) nor the directory of a run with checkpoints"
+        )
+    config = workdir.read_config(directory)
+    return config.model, config.data.tokenizer
