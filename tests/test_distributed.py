@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from dsjax.training.export import export
 from dsjax.training.workdir import METRICS
 
 CONFIG = """
@@ -51,6 +52,21 @@ def losses(workdir):
     return [row["loss"] for row in rows] + [rows[-1]["validation_loss"]]
 
 
+# Loads a published checkpoint, experts on one process each, and writes it again.
+COPY = """
+import sys
+import jax
+jax.distributed.initialize()
+from dsjax import hub
+from dsjax.config import MeshConfig
+from dsjax.sharding import make_mesh
+model = hub.load(sys.argv[1], make_mesh(MeshConfig(1, 1, 2)))
+local = model.params["moe_layers"]["mlp"]["experts"]["gate_proj"].addressable_shards
+assert [shard.data.shape[1] for shard in local] == [4]
+hub.save(sys.argv[2], model)
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_two_devices(tmp_path):
     (tmp_path / "text").mkdir()
@@ -66,22 +82,34 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
         assert "on 2 x cpu (expert 2)" in told[0][1]
         assert not re.search(r"step \d", told[1][1])  # only the first process tells and writes
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    published, copy = tmp_path / "published", tmp_path / "copy"
+    export(one, published, "float32")
+    begun = [tmp_path / "begun_one", tmp_path / "begun_two"]
+    words = command(tmp_path, begun[0], "--devices", "2", f"--config.init_from={published}")
+    assert subprocess.run(words, capture_output=True, timeout=500).returncode == 0
+    told = together(tmp_path, begun[1], f"--config.init_from={published}")
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert losses(begun[1]) == pytest.approx(losses(begun[0]), rel=1e-5)
+    assert losses(begun[0])[0] < losses(one)[0] - 0.01
+    told = both([sys.executable, "-c", COPY, str(published), str(copy)])
+    assert [code for code, _, _ in told] == [0, 0], told
+    assert (copy / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
     told = together(tmp_path, tmp_path / "three", of_second=["--config.training.seed=7"])
     assert [code for code, _, _ in told] == [2, 2]
     assert all("the processes disagree about the config" in error for _, _, error in told)
 
 
 def together(folder, workdir, *flags, of_second=()):
-    """(exit code, output, errors) of each of two processes."""
+    """(exit code, output, errors) of each of two processes that train."""
+    first = command(folder, workdir, "--distributed", *flags)
+    return both(first, [*first, *of_second])
+
+
+def both(first, second=None):
+    """(exit code, output, errors) of two commands, joined."""
     job = str(os.getpid())  # the port is made of it
     tasks = [
-        subprocess.Popen(
-            command(folder, workdir, "--distributed", *flags, *(of_second if rank else ())),
-            env=slurm(rank, job),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        subprocess.Popen(words, env=slurm(rank, job), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank, words in enumerate((first, second or first))
     ]
     return [(task.returncode, *told) for task, told in [(task, task.communicate(timeout=500)) for task in tasks]]
