@@ -82,10 +82,10 @@ def _run(argv: list[str]) -> int:
     return args.function(args, config) or 0
 
 
-def _adopt(values: dict[str, Any], init_from: str, overridden: set[str], run: str | None) -> None:
+def _adopt(values: dict[str, Any], init_from: str, run: str | None) -> None:
     from dsjax.training.adoption import adopt
 
-    adopt(values, init_from, overridden, run)
+    adopt(values, init_from, run)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

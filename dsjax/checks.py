@@ -224,8 +224,11 @@ def data_problems(data: "DataConfig") -> Iterator[str]:
         for weight in data.weights:
             if not 0 < weight < math.inf:
                 yield f"data.weights holds {weight}, but every weight must be above 0; leave the source out"
-    if data.tokenizer not in ("bytes", "deepseek") and not data.tokenizer.endswith(".json"):
-        yield f'unknown data.tokenizer "{data.tokenizer}"; valid are bytes, deepseek, or a path to a tokenizer.json'
+    if data.tokenizer not in ("bytes", "deepseek") and not data.tokenizer.endswith((".json", "tiktoken.model")):
+        yield (
+            f'unknown data.tokenizer "{data.tokenizer}"; valid are bytes, deepseek, or a path to a tokenizer.json or'
+            " tiktoken.model"
+        )
     if data.sequence_length < 1:
         yield f"data.sequence_length is {data.sequence_length}, but must be above 0"
     if not 0 <= data.fim_rate <= 1:

@@ -109,7 +109,7 @@ class DataConfig:
 
     sources: tuple[str, ...] = ("python_stdlib",)
     weights: tuple[float, ...] | None = None  # mixture weights, one a source; None: by size
-    tokenizer: str = "bytes"  # "bytes", "deepseek" (extra `tokenizer`), or a path to a tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "deepseek" (extra `tokenizer`), or a tokenizer.json or tiktoken.model
     sequence_length: int = 256  # predicted tokens in a packed row
     fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (PSM) [V3 §4.1]
     validation_fraction: float = 0.01  # share of documents, chosen by hash
@@ -215,7 +215,7 @@ class Config:
     init_from: str | None = None
 
 
-Adopt = Callable[[dict[str, Any], str, set[str]], None]  # (values, init_from, names that are overridden)
+Adopt = Callable[[dict[str, Any], str], None]  # (values, init_from)
 
 
 def load(path: str, overrides: Iterable[str] = (), adopt: Adopt | None = None) -> Config:
@@ -240,7 +240,7 @@ def load(path: str, overrides: Iterable[str] = (), adopt: Adopt | None = None) -
     if "init_from" in changes:
         override(Config, values, "init_from", changes["init_from"])
     if adopt and isinstance(values.get("init_from"), str):
-        adopt(values, values["init_from"], set(changes))
+        adopt(values, values["init_from"])
     for name, text in changes.items():
         override(Config, values, name, text)
     return from_dict(values)

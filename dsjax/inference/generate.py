@@ -46,7 +46,7 @@ def generate(
       max_new_tokens: at most so many; the end of the document ends the text before.
       temperature: 0 takes the likeliest token; otherwise one is drawn from softmax(logits / temperature).
       seed: of the draws.
-      tokenizer: as config.data.tokenizer; None: the run's, or the tokenizer.json of the published checkpoint.
+      tokenizer: as config.data.tokenizer; None: the run's, or the one beside the published weights.
 
     Raises:
       ConfigError: there is no usable checkpoint, or prompt and continuation exceed max_position_embeddings.
@@ -90,9 +90,10 @@ def _run_config(run: Path, tokenizer: str | None) -> Config:
 def _published_config(directory: Path, tokenizer: str | None) -> Config:
     """What decoding needs of a Config: the architecture without MTP, BF16 arithmetic, the tokenizer beside it."""
     model = dataclasses.replace(read_architecture(directory), num_nextn_predict_layers=0)
-    own = directory / "tokenizer.json"
-    if tokenizer is None and not own.is_file():
-        raise ConfigError(f"{directory} has no tokenizer.json; give one with --tokenizer bytes|deepseek|FILE")
+    own = tokenizers.beside(directory)
+    if tokenizer is None and own is None:
+        files = " nor ".join(tokenizers.FILES)
+        raise ConfigError(f"{directory} has no {files}; give a tokenizer with --tokenizer bytes|deepseek|FILE")
     return _with_tokenizer(Config(model=model), tokenizer or str(own))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config import ConfigError, ModelConfig
+from dsjax.data import tokenizer
 from dsjax.hub.architecture import is_published
 from dsjax.hub.directory import read_architecture
 from dsjax.training import workdir
@@ -18,7 +19,7 @@ OF_TRAINING = ("aux_loss_alpha", "mtp_hidden_state", "initializer_range")
 DEFAULT_TOKENIZER = "bytes"
 
 
-def adopt(values: dict[str, Any], init_from: str, overridden: set[str], run: str | None = None) -> None:
+def adopt(values: dict[str, Any], init_from: str, run: str | None = None) -> None:
     """Puts into the nested `values` of a config file what the checkpoint decides.
 
     Where the file has YaRN and the checkpoint has none, the context is to be extended: the file's positions stay.
@@ -26,34 +27,27 @@ def adopt(values: dict[str, Any], init_from: str, overridden: set[str], run: str
     Args:
       values: changed in place.
       init_from: the directory of a published checkpoint or of a run.
-      overridden: dotted names that the command line sets.
       run: the directory of the run to be; where it has got a checkpoint of its own, that decides instead.
 
     Raises:
       ConfigError: there is no checkpoint in `init_from`, or one that dsjax cannot read.
     """
-    own = Path(run) if run else None
-    source = own if own and workdir.has_checkpoint(own) else Path(init_from).expanduser()
-    model, tokenizer = _published(source, overridden) if is_published(source) else _of_run(source)
+    source = Path(init_from).expanduser()
+    if run is not None and workdir.has_checkpoint(Path(run)):
+        source = Path(run)
+    model, own = _published(source) if is_published(source) else _of_run(source)
     file = values["model"]
     adopted = dataclasses.asdict(model) | {name: file[name] for name in OF_TRAINING}
     if adopted["rope_scaling"] is None and file["rope_scaling"] is not None:
         adopted |= {name: file[name] for name in ("rope_scaling", "max_position_embeddings")}
     values["model"] = adopted
-    if tokenizer is not None and values["data"]["tokenizer"] == DEFAULT_TOKENIZER:
-        values["data"]["tokenizer"] = tokenizer
+    if own is not None and values["data"]["tokenizer"] == DEFAULT_TOKENIZER:
+        values["data"]["tokenizer"] = own
 
 
-def _published(directory: Path, overridden: set[str]) -> tuple[ModelConfig, str | None]:
-    model, tokenizer = read_architecture(directory), directory / "tokenizer.json"
-    if tokenizer.is_file():
-        return model, str(tokenizer)
-    if any(directory.glob("tiktoken*")) and "data.tokenizer" not in overridden:
-        raise ConfigError(
-            f"{directory} has its tokenizer in tiktoken's format, which dsjax does not read; give the same vocabulary"
-            " as a tokenizer.json with --config.data.tokenizer=FILE"
-        )
-    return model, None
+def _published(directory: Path) -> tuple[ModelConfig, str | None]:
+    file = tokenizer.beside(directory)
+    return read_architecture(directory), str(file) if file else None
 
 
 def _of_run(directory: Path) -> tuple[ModelConfig, str]:
