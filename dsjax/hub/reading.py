@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +34,9 @@ from dsjax.sharding import make_mesh, replicated
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
 KINDS = (FLOAT32, BFLOAT16, E4M3)  # of parameters, as asked for
-READERS = 3  # tensors in flight; each holds one tensor's bytes, and its numbers where it is dequantised
-BAND = 16  # rows of a published matrix turned at a time, so that they and the columns they become stay in cache
-ALIGNMENT = 64  # bytes; a CPU device adopts host memory so aligned, anything else it copies
+READERS = 2  # tensors in flight; each holds one tensor's bytes, and its numbers where it is dequantised
+BAND = 8  # rows of a published matrix turned at a time, so that they and the columns they become stay in cache
+PAGE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None, *, confi
     stored = read_config(path)
     with open_tensors(path) as tensors:
         model = config or without_missing_mtp(stored.model, tensors.entries)
-        source = Source(path, tensors, model, stored)
+        source = Source(path, tensors, model, stored, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))
         check(source)
-        targets = _targets(source, mesh or make_mesh(MeshConfig(), jax.devices()[:1]), wanted)
+        targets = _targets(source, wanted)
         arrays = _fill(source, targets)
     params, bias = (_tree(shapes, arrays) for shapes in source.shapes)
     return Loaded(model, params, bias, stored.quantization if wanted == E4M3 else None)
@@ -82,12 +83,12 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None, *, confi
 class Source:
     """An open checkpoint, and what of it belongs where."""
 
-    def __init__(self, path: Path, tensors: Tensors, model: ModelConfig, stored: Published):
+    def __init__(self, path: Path, tensors: Tensors, model: ModelConfig, stored: Published, mesh: Mesh | None = None):
         self.path, self.tensors, self.model, self.stored = path, tensors, model, stored
-        one = make_mesh(MeshConfig(), jax.local_devices()[:1])
-        net = network(model, Execution(one, recipe("fp32")))
-        self.shapes = (net.shapes, net.bias_shapes)
-        self.places = names.places(names.flat(net.shapes) | names.flat(net.bias_shapes), model)
+        self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+        self.net = network(model, Execution(self.mesh, recipe("fp32")))
+        self.shapes = (self.net.shapes, self.net.bias_shapes)
+        self.places = names.places(names.flat(self.net.shapes) | names.flat(self.net.bias_shapes), model)
 
     def entry(self, name: str) -> Entry:
         return self.tensors.entries[name]
@@ -161,11 +162,10 @@ class Target(NamedTuple):
     sharding: NamedSharding
 
 
-def _targets(source: Source, mesh: Mesh, wanted: np.dtype | None) -> dict[str, Target]:
+def _targets(source: Source, wanted: np.dtype | None) -> dict[str, Target]:
     """What to make, by the path of our array; the scales of kept FP8 under the path and SCALE."""
-    params, bias = source.shapes
-    net = network(source.model, Execution(mesh, recipe("fp32")))
-    shardings = names.flat(net.param_shardings())
+    (params, bias), mesh = source.shapes, source.mesh
+    shardings = names.flat(source.net.param_shardings())
     stored: dict[str, set[np.dtype]] = {}
     for name, place in source.places.items():
         stored.setdefault(place.path, set()).add(source.entry(name).dtype)
@@ -213,14 +213,18 @@ class HostPart:
     """A part of an array in host memory, which CPU devices adopt as it is."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[Any]):
+        # Straight from the system: page-aligned, as adoption needs, and without the huge pages that NumPy asks for,
+        # for which the system may have to move other memory first.
         size = math.prod(shape) * dtype.itemsize
-        raw = np.empty(size + ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % ALIGNMENT
-        self._array = raw[start : start + size].view(dtype).reshape(shape)
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._array = np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
         self._devices = devices
 
     def put(self, index: tuple[int, ...], numbers: np.ndarray) -> None:
-        _copy(self._array[index], numbers)
+        out = self._array[index]
+        # New memory is quick to come by in order, and not in the order in which a turned matrix is written.
+        out.reshape(-1).view(np.uint8)[::PAGE] = 0
+        _copy(out, numbers)
 
     def arrays(self) -> list[jax.Array]:
         # A step that is given them copies before it writes: what the host shares is never donated.
