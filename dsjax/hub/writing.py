@@ -192,7 +192,7 @@ def staged(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} exists already; give a new or empty directory")
-    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary = path.absolute().with_name(f".{path.absolute().name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
