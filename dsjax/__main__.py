@@ -260,7 +260,7 @@ def _convert(args: argparse.Namespace, config: None) -> None:
     if is_published(Path(args.source)):
         hub.convert(args.source, args.destination, dtype, scale_format=args.scale_format)
     else:
-        export(args.source, args.destination, dtype, scale_format=args.scale_format or SCALE_FORMATS[0])
+        export(args.source, args.destination, dtype, scale_format=args.scale_format)
     print(f"written: {args.destination}")
 
 

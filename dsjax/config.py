@@ -239,7 +239,7 @@ def load(path: str, overrides: Iterable[str] = (), adopt: Adopt | None = None) -
         changes[name] = text
     if "init_from" in changes:
         override(Config, values, "init_from", changes["init_from"])
-    if adopt and isinstance(values.get("init_from"), str):
+    if adopt and values.get("init_from") and isinstance(values["init_from"], str):
         adopt(values, values["init_from"])
     for name, text in changes.items():
         override(Config, values, name, text)

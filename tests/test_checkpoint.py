@@ -271,7 +271,6 @@ def test_only_harmless_changes_let_a_run_go_on():
         ("model", "n_routed_experts", 32),
         ("model", "q_lora_rank", None),
         ("data", "sequence_length", 128),
-        ("data", "tokenizer", "deepseek"),
         ("data", "sources", ("text_files:other",)),
         ("training", "seed", 1),
         ("optimizer", "moment_dtype", "float32"),
@@ -282,6 +281,15 @@ def test_a_run_of_another_model_data_or_seed_is_refused(section, field, value):
     changed = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
     with pytest.raises(ConfigError, match=f"{section}.{field}: "):
         checkpoint.check_same_run(meta(1), changed, "abc")
+
+
+def test_a_tokenizer_may_move_but_not_change():
+    config = Config()
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="elsewhere/tokenizer.json"))
+    told = "data.tokenizer: 'bytes' -> 'elsewhere/tokenizer.json'"
+    assert checkpoint.check_same_run(meta(1), moved, "abc") == [told]
+    with pytest.raises(ConfigError, match=f"fingerprint abc -> xyz; {told}"):
+        checkpoint.check_same_run(meta(1), moved, "xyz")
 
 
 def test_changed_data_is_refused_even_under_the_same_config():

@@ -158,6 +158,15 @@ def test_mtp_can_be_left_out_and_its_absence_is_seen(tmp_path):
         hub.load(tmp_path / "cut", config=whole.config)
 
 
+def test_fp8_stays_what_it_was_unless_asked_otherwise(tmp_path):
+    hub.save(tmp_path / "v31", random_model(ODD), "float8_e4m3fn", scale_format="ue8m0")
+    kept = hub.load(tmp_path / "v31", dtype="float8_e4m3fn")
+    hub.save(tmp_path / "again", kept, "float8_e4m3fn")
+    assert_same_tensors(tmp_path / "again", tmp_path / "v31")
+    hub.save(tmp_path / "v3", kept, "float8_e4m3fn", scale_format="float32")
+    assert "scale_fmt" not in json.loads((tmp_path / "v3" / "config.json").read_text())["quantization_config"]
+
+
 def test_mtp_copies_of_embedding_and_head_are_written_and_compared(tmp_path):
     directory = Path(shutil.copytree(MTP_CASE, tmp_path / "case"))
     tensors = load_file(directory / "model.safetensors")
@@ -166,8 +175,17 @@ def test_mtp_copies_of_embedding_and_head_are_written_and_compared(tmp_path):
     assert np.array_equal(tensors[layer + "shared_head.head.weight"], tensors["lm_head.weight"])
     tensors[layer + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"embed_tokens.weight differs from model.embed_tokens.weight"):
-        hub.load(directory)
+    told = r"embed_tokens.weight differs from model.embed_tokens.weight"
+    for attempt in (lambda: hub.load(directory), lambda: hub.convert(directory, tmp_path / "out")):
+        with pytest.raises(ConfigError, match=told):
+            attempt()
+    text, is_complete = inspect(directory, values=True)
+    assert not is_complete and "differs from model.embed_tokens.weight" in text
+    tensors[layer + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"][1:]
+    save_file(tensors, directory / "model.safetensors")
+    for attempt in (lambda: hub.load(directory), lambda: hub.convert(directory, tmp_path / "out")):
+        with pytest.raises(ConfigError, match="must repeat model.embed_tokens.weight, but has another shape"):
+            attempt()
 
 
 def test_a_run_can_be_extended_to_longer_contexts(tmp_path):
@@ -236,21 +254,27 @@ def poison(tensors, _):
 
 
 DAMAGES = [  # what is done to (tensors, config), and what is told of it
-    (lambda t, c: t.pop(GATE), f"{GATE} is missing, which config.json asks for"),
+    (lambda t, c: t.pop(GATE), f"{GATE} is missing, which the architecture asks for"),
     (lambda t, c: t.pop(SCALE), f"{GATE} is in FP8, but its scales, {SCALE}, are missing"),
     (
         lambda t, c: t.update({GATE: t[GATE][:-1]}),
-        f"{GATE} has the shape [71, 136], but config.json asks for [72, 136]",
+        f"{GATE} has the shape [71, 136], but the architecture asks for [72, 136]",
     ),
     (lambda t, c: t.update({SCALE: t[SCALE][:, :1]}), f"{SCALE} has the shape [1, 1], but blocks of 128 x 128 make it"),
-    (lambda t, c: t.update({SCALE: np.full((1, 2), np.inf, np.float32)}), f"{SCALE} holds NaN or infinity"),
-    (lambda t, c: t.update(extra=t["model.norm.weight"]), "extra is there, but config.json knows nothing of it"),
+    (
+        lambda t, c: t.update({SCALE: np.full((1, 2), np.inf, np.float32)}),
+        f"{SCALE} holds a scale that is not above 0, not finite",
+    ),
+    (lambda t, c: t.update({SCALE: -t[SCALE]}), f"{SCALE} holds a scale that is not above 0"),
+    (lambda t, c: t.update({SCALE: np.full((1, 2), 1e37, np.float32)}), f"{SCALE} holds a scale that is not above 0"),
+    (lambda t, c: t.update({SCALE: t[SCALE].astype(np.int8)}), f"{SCALE} holds int8, but scales are FP32"),
+    (lambda t, c: t.update(extra=t["model.norm.weight"]), "extra is there, but the architecture has no place for it"),
     (lambda t, c: t.update({GATE: t[GATE].view(np.int8)}), f"{GATE} holds int8, but weights are FP32"),
     (lambda t, c: t["model.norm.weight"].view(np.uint16).fill(0xFFFF), "model.norm.weight holds NaN or infinity"),
     (poison, f"{GATE} holds NaN or infinity"),
     (lambda t, c: c.pop("quantization_config"), "no quantization_config"),
-    (lambda t, c: c.update(vocab_size=51), "has the shape [50, 136], but config.json asks for [51, 136]"),
-    (lambda t, c: c.update(num_hidden_layers=3), "problems more, which dsjax inspect lists"),
+    (lambda t, c: c.update(vocab_size=51), "has the shape [50, 136], but the architecture asks for [51, 136]"),
+    (lambda t, c: c.update(num_hidden_layers=3), "problems in all)"),
     (lambda t, c: c.update(model_type="llama"), "llama"),
     (lambda t, c: c.update(sparkle=1), "sparkle"),
 ]

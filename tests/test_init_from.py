@@ -97,6 +97,25 @@ def test_exported_in_fp32_a_run_goes_on_with_the_same_losses(place):
     assert losses(place, "from_export") == losses(place, "from_run")
 
 
+def test_a_run_keeps_the_tokenizer_it_began_with(place, tmp_path, monkeypatch, capsys):
+    export(place / "run", tmp_path / "published", "float32")
+    for name in ("config.py", "text", "data"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--config", "config.py", "--workdir", "run", "--config.init_from=published"]
+    assert main([*words, "--config.training.total_steps=1"]) == 0
+    expected = generate("run", "12 squared", 8, 0.0, 0)
+    shutil.rmtree("published")
+    assert generate("run", "12 squared", 8, 0.0, 0) == expected
+    assert main(["convert", "run", "out"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main([*words[:2], "../config.py", "--workdir", "../run", words[-1]]) == 0
+    assert "going on after step 1" in capsys.readouterr().out
+    assert main(["inspect", "../out"]) == 0
+    assert JsonTokenizer(tmp_path / "out" / "tokenizer.json").encode("ab") == [*b"ab"]
+
+
 def test_a_run_goes_on_without_what_it_began_with(place, capsys):
     shutil.copytree(place / "run", place / "resumed")
     assert train(place, "resumed", "published", "--config.training.total_steps=3") == 0
@@ -120,7 +139,7 @@ def test_fp8_and_bf16_checkpoints_are_trained_in_fp32(place, model):
 @pytest.mark.parametrize(
     "more, told",
     [
-        (["--config.model.hidden_size=64"], "but config.json asks for"),
+        (["--config.model.hidden_size=64"], "but the architecture asks for"),
         (["--config.model.num_nextn_predict_layers=2"], "must be 0 or 1"),
         (["--config.data.sequence_length=65"], "the model ends at model.max_position_embeddings = 64"),
         (["--config.mesh.expert=3"], "cannot be divided over mesh.expert = 3"),
@@ -133,6 +152,25 @@ def test_an_override_that_does_not_fit_the_weights_is_told(place, tmp_path, caps
     assert train(tmp_path, "refused", "published", *more) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dsjax: ") and told in error
+
+
+def test_a_damaged_config_json_is_told_as_such(place, tmp_path, capsys):
+    shutil.copytree(place / "published", tmp_path / "published")
+    (tmp_path / "published" / "config.json").write_text('{"model_type": "deepseek_v3",')
+    path = str(tmp_path / "published")
+    for words in (
+        ["inspect", path],
+        ["convert", path, path + "2"],
+        ["generate", "--checkpoint", path, "--prompt", "x"],
+    ):
+        assert main(words) == 2
+        assert "config.json is not JSON" in capsys.readouterr().err
+
+
+def test_init_from_without_a_name_is_told(place, capsys):
+    words = ["train", "--config", str(place / "config.py"), "--workdir", str(place / "refused")]
+    assert main([*words, "--config.init_from="]) == 2
+    assert "init_from is an empty text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "text"])

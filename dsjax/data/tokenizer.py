@@ -21,6 +21,7 @@ EOS_NAMES = (
     "<eos>",  # Gemma
     "[EOS]",  # Moonlight, Kimi
 )
+NAMES = ("bytes", "deepseek")  # what is not a file of the user's
 FILES = ("tokenizer.json", "tiktoken.model")  # the first that is there is taken
 CODE = "tokenization_*.py"  # beside a tiktoken.model
 # What comes before the prefix, before the suffix and before the middle.

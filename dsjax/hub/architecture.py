@@ -235,11 +235,12 @@ class Published:
 
 
 def is_published(directory: Path) -> bool:
-    """Whether a directory holds a config.json that names a model_type; a run directory's does not."""
+    """Whether a directory is meant to be a published checkpoint: its config.json names a model_type, which a run's does
+    not, or there are safetensors in it."""
     try:
         return "model_type" in _read_json(Path(directory) / "config.json")
     except ConfigError:
-        return False
+        return any(Path(directory).glob("*.safetensors"))
 
 
 def read_config(directory: Path) -> Published:

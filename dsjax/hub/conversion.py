@@ -9,8 +9,7 @@ import numpy as np
 from dsjax.hub import names
 from dsjax.hub.architecture import Quantization, quantization_config, read_config
 from dsjax.hub.directory import without_missing_mtp
-from dsjax.hub.names import SCALE
-from dsjax.hub.reading import Source, as_kind, check, read_finite
+from dsjax.hub.reading import Source, as_kind, check, check_copies, read_finite, read_scale
 from dsjax.hub.safetensors import open_tensors
 from dsjax.hub.writing import SHARD_BYTES, V3_BLOCKS, Format, Plan, write
 from dsjax.numerics.fp8 import E4M3
@@ -45,6 +44,7 @@ def convert(
         model = without_missing_mtp(stored.model, tensors.entries)
         opened = Source(source, tensors, model, stored)
         check(opened)
+        check_copies(opened)
         repeated = [name for name in names.copies(model) if name in tensors.entries]
         order = [*opened.places, *repeated]
         plan: Plan = {}
@@ -53,7 +53,7 @@ def convert(
 
         def encoded() -> Iterator[tuple[str, np.ndarray]]:
             for name in order:
-                scale = read_finite(opened, name + SCALE).astype(np.float32) if opened.is_quantised(name) else None
+                scale = read_scale(opened, name) if opened.is_quantised(name) else None
                 yield from form.encode(name, read_finite(opened, name), scale, now)
 
         is_fp8 = any(dtype == E4M3 for dtype, _ in plan.values())

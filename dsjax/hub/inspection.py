@@ -1,5 +1,6 @@
 """What is in a published checkpoint: architecture, parameters by part, dtypes, sizes, and whether it is all there."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from dsjax.config import ConfigError, ModelConfig
 from dsjax.hub.architecture import Published, read_config
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.names import SCALE
-from dsjax.hub.reading import Source, problems, read_finite
+from dsjax.hub.reading import Source, check_copies, problems, read_finite, read_scale
 from dsjax.hub.safetensors import open_tensors
 from dsjax.numerics.fp8 import dequantize_blocks
 
@@ -61,6 +62,9 @@ def inspect(path: str | Path, values: bool = False) -> tuple[str, bool]:
         source = Source(path, tensors, model, stored)
         wrong = list(problems(source))
         parts = by_part(_tensors(source, values and not wrong, wrong))
+        if values and not wrong:
+            with _noted(wrong):
+                check_copies(source)
         size = sum(entry.nbytes for entry in tensors.entries.values())
         files = len({entry.file for entry in tensors.entries.values()})
     lines = [f"{path.name or path}: {stored.model_type}, {size / 1e9:,.2f} GB in {files} file{'s' * (files != 1)}"]
@@ -126,18 +130,25 @@ def _tensors(source: Source, values: bool, wrong: list[str]) -> Iterator[tuple[s
         for name, entry in entries.items():
             largest = None
             if values and name in source.places:
-                try:
+                with _noted(wrong):
                     largest = _largest(source, name)
-                except ConfigError as error:
-                    wrong.append(str(error))
             bar.update(entry.nbytes)
             yield name, entry.dtype, entry.shape, largest
+
+
+@contextlib.contextmanager
+def _noted(wrong: list[str]) -> Iterator[None]:
+    """Puts the sentence of a ConfigError into `wrong`."""
+    try:
+        yield
+    except ConfigError as error:
+        wrong.append(str(error))
 
 
 def _largest(source: Source, name: str) -> float:
     numbers = read_finite(source, name)
     if source.is_quantised(name):
-        numbers = dequantize_blocks(numbers, read_finite(source, name + SCALE), source.quantization.block)
+        numbers = dequantize_blocks(numbers, read_scale(source, name), source.quantization.block)
     return float(np.abs(numbers).max(initial=0))
 
 

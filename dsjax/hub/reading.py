@@ -27,12 +27,13 @@ from dsjax.hub.names import SCALE, Place
 from dsjax.hub.safetensors import Entry, Tensors, open_tensors
 from dsjax.model.moe import Execution
 from dsjax.model.transformer import network
-from dsjax.numerics.fp8 import E4M3, Blocks, dequantize_blocks, scale_shape
+from dsjax.numerics.fp8 import E4M3, E4M3_MAX, LARGEST_WEIGHT, Blocks, dequantize_blocks, scale_shape
 from dsjax.numerics.linear import recipe
 from dsjax.sharding import make_mesh, replicated
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16)
+SCALES = (FLOAT32, BFLOAT16, np.dtype(ml_dtypes.float8_e8m0fnu))
 KINDS = (FLOAT32, BFLOAT16, E4M3)  # of parameters, as asked for
 READERS = 2  # tensors in flight; each holds one tensor's bytes, and its numbers where it is dequantised
 BAND = 8  # rows of a published matrix turned at a time, so that they and the columns they become stay in cache
@@ -111,7 +112,7 @@ def check(source: Source) -> None:
     """Raises ConfigError unless the files hold exactly the tensors of the architecture, by name, shape and dtype."""
     found = list(problems(source))
     if found:
-        more = f" (and {len(found) - 1} problems more, which dsjax inspect lists)" if len(found) > 1 else ""
+        more = f" ({len(found)} problems in all)" if len(found) > 1 else ""
         raise ConfigError(f"{source.path}: {found[0]}{more}")
 
 
@@ -120,23 +121,26 @@ def problems(source: Source) -> Iterator[str]:
     found = source.tensors.entries
     for name in source.places:
         if name not in found:
-            yield f"{name} is missing, which config.json asks for"
-    allowed = source.places.keys() | names.copies(source.model).keys()
+            yield f"{name} is missing, which the architecture asks for"
+    copies = names.copies(source.model)
     for name in found:
-        weight = name.removesuffix(SCALE)
-        if weight in allowed or name.endswith(names.COMPUTED) or source.is_left_out(name):
+        if name in copies or name.removesuffix(SCALE) in source.places:
             continue
-        yield f"{name} is there, but config.json knows nothing of it"
+        if not name.endswith(names.COMPUTED) and not source.is_left_out(name):
+            yield f"{name} is there, but the architecture has no place for it"
     for name, place in source.places.items():
         if name in found:
             yield from _problem_of(source, name, place.shape)
+    for name, of in copies.items():
+        if name in found and of in found and found[name][:2] != found[of][:2]:
+            yield f"{name} must repeat {of}, but has another shape or dtype"
 
 
 def _problem_of(source: Source, name: str, expected: tuple[int, ...]) -> Iterator[str]:
     """What is wrong with one tensor, or with the scales beside it."""
     entry, scale = source.entry(name), source.tensors.entries.get(name + SCALE)
     if tuple(entry.shape) != expected:
-        yield f"{name} has the shape {list(entry.shape)}, but config.json asks for {list(expected)}"
+        yield f"{name} has the shape {list(entry.shape)}, but the architecture asks for {list(expected)}"
     elif entry.dtype != E4M3:
         if entry.dtype not in FLOATS:
             yield f"{name} holds {entry.dtype}, but weights are FP32, BF16, FP16 or block FP8"
@@ -152,6 +156,8 @@ def _problem_of(source: Source, name: str, expected: tuple[int, ...]) -> Iterato
         blocks = " x ".join(map(str, source.quantization.block))
         shape = list(scale_shape(expected, source.quantization.block))
         yield f"{name + SCALE} has the shape {list(scale.shape)}, but blocks of {blocks} make it {shape}"
+    elif scale.dtype not in SCALES:
+        yield f"{name + SCALE} holds {scale.dtype}, but scales are FP32, BF16 or powers of two in one byte"
 
 
 class Target(NamedTuple):
@@ -310,7 +316,6 @@ def _parts(target: Target) -> Parts:
 def _fill(source: Source, targets: Mapping[str, Target]) -> dict[str, Any]:
     """The arrays by path, with everything in them."""
     parts = {path: _parts(target) for path, target in targets.items()}
-    repeated = {name: of for name, of in names.copies(source.model).items() if name in source.tensors.entries}
     here = {name: place for name, place in source.places.items() if parts[place.path].holds(place.index)}
     total = sum(source.entry(name).nbytes for name in here)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {source.path.name}", disable=None, delay=1)
@@ -323,7 +328,7 @@ def _fill(source: Source, targets: Mapping[str, Target]) -> dict[str, Any]:
     in_file_order = sorted(here, key=lambda name: (source.entry(name).file, source.entry(name).offset))
     with bar, ThreadPoolExecutor(READERS, "load") as threads:
         work = [threads.submit(one, name) for name in in_file_order]
-        work += [threads.submit(_check_copy, source, *pair) for pair in repeated.items()]
+        work.append(threads.submit(check_copies, source))
         try:
             for done in work:
                 done.result()
@@ -340,7 +345,7 @@ def place_tensor(source: Source, name: str, place: Place, parts: Mapping[str, Pa
     if not source.is_quantised(name):
         target.put(place.index, place.as_published(stored))
         return
-    scale = read_finite(source, name + SCALE).astype(np.float32)
+    scale = read_scale(source, name)
     if target.target.dtype == E4M3:
         target.put(place.index, place.as_published(stored))
         parts[place.path + SCALE].put(place.index, place.as_published(scale))
@@ -366,6 +371,20 @@ def read_finite(source: Source, name: str, buffers: Any = None) -> np.ndarray:
     return array
 
 
+def read_scale(source: Source, name: str) -> np.ndarray:
+    """The scales of a tensor in block FP8, FP32.
+
+    Raises:
+      ConfigError: one is not above 0, or so large that weights would overflow.
+    """
+    scale = source.tensors.read(name + SCALE).astype(np.float32)
+    with np.errstate(over="ignore"):
+        usable = (scale > 0) & (scale * E4M3_MAX <= LARGEST_WEIGHT)
+    if not usable.all():
+        raise ConfigError(f"{source.path}: {name + SCALE} holds a scale that is not above 0, not finite or too large")
+    return scale
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Whether every number is; of bits, because NumPy has no quick way for the small formats."""
     if array.dtype == ml_dtypes.float8_e8m0fnu:
@@ -378,17 +397,17 @@ def is_finite(array: np.ndarray) -> bool:
     return all((bits[i : i + step] & mask).max() < infinity for i in range(0, bits.size, step))
 
 
-def _check_copy(source: Source, name: str, of: str) -> None:
-    """Raises ConfigError unless the tensor `name` repeats the tensor `of`: ours share one array."""
-    digests = []
-    for each in (name, of):
-        entry = source.entry(each)
-        digests.append((entry.dtype, entry.shape, hashlib.sha256(source.tensors.read(each).tobytes()).digest()))
-    if digests[0] != digests[1]:
-        raise ConfigError(
-            f"{source.path}: {name} differs from {of}, but MTP and tied embeddings share one array; only models where"
-            " both are equal can be loaded"
-        )
+def check_copies(source: Source) -> None:
+    """Raises ConfigError unless tensors that repeat another one do: ours share one array."""
+    for name, of in names.copies(source.model).items():
+        if name not in source.tensors.entries:
+            continue
+        copy, original = (hashlib.sha256(source.tensors.read(each).tobytes()).digest() for each in (name, of))
+        if copy != original:
+            raise ConfigError(
+                f"{source.path}: {name} differs from {of}, but MTP and tied embeddings share one array; only models"
+                " where both are equal can be loaded"
+            )
 
 
 def _tree(shapes: Any, arrays: Mapping[str, Any]) -> Any:

@@ -49,7 +49,7 @@ def save(
     model: Loaded,
     dtype: Any = None,
     *,
-    scale_format: str = "float32",
+    scale_format: str | None = None,
     companions: str | Path | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
@@ -62,7 +62,8 @@ def save(
       model: the architecture and its arrays.
       dtype: of the tensors: "float32", "bfloat16", or "float8_e4m3fn" for what DeepSeek publishes in block FP8, and
         BF16 for the rest; None writes each array as it is. Routing biases are FP32 always.
-      scale_format: of block FP8: "float32" (V3), or "ue8m0", powers of two (V3.1).
+      scale_format: of block FP8: "float32" (V3), or "ue8m0", powers of two (V3.1); None: as the model was loaded, or
+        "float32".
       companions: a directory whose tokenizer files are copied.
       bos_token_id, eos_token_id: for config.json.
       max_shard_bytes: of one file.
@@ -74,8 +75,8 @@ def save(
         holds NaN or infinity.
     """
     path, kind = Path(path), as_kind(dtype)
-    kept = model.quantization if kind is None else None
-    form = Format(kind, kept or Quantization(V3_BLOCKS.block, scale_format))
+    now = model.quantization or V3_BLOCKS
+    form = Format(kind, Quantization(now.block, scale_format or now.scale_format) if kind else now)
     arrays = names.flat(model.params) | names.flat(model.router_bias)
     weights = {name: leaf.weight if isinstance(leaf, Blocks) else leaf for name, leaf in arrays.items()}
     places = names.places(weights, model.config)
@@ -163,6 +164,7 @@ def write(
 ) -> None:
     """Writes a whole directory: the planned tensors, config.json, the companion files of another directory."""
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.values())
+    path = path.absolute()
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", disable=None, delay=1)
     if jax.process_index() > 0:  # takes part in fetching
         for _ in tensors:
@@ -192,7 +194,7 @@ def staged(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} exists already; give a new or empty directory")
-    temporary = path.absolute().with_name(f".{path.absolute().name}.unfinished")
+    temporary = path.with_name(f".{path.name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)

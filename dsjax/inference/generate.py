@@ -21,7 +21,7 @@ from dsjax.sharding import make_mesh
 from dsjax.training import checkpoint
 from dsjax.training.machine import use_compile_cache
 from dsjax.training.state import abstract_state, build_network
-from dsjax.training.workdir import CHECKPOINTS
+from dsjax.training.workdir import CHECKPOINTS, find_tokenizer
 
 LENGTH_BUCKET = 64  # sequences are padded to a multiple, so that prompts of similar length share a program
 
@@ -84,7 +84,7 @@ def _run_config(run: Path, tokenizer: str | None) -> Config:
             " run that saved one, or a directory as on the Hugging Face hub"
         )
     config = from_dict(checkpoint.read_meta(directory, step)["config"])
-    return _with_tokenizer(config, tokenizer or config.data.tokenizer)
+    return _with_tokenizer(config, tokenizer or find_tokenizer(run, config.data.tokenizer))
 
 
 def _published_config(directory: Path, tokenizer: str | None) -> Config:

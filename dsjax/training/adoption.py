@@ -36,13 +36,15 @@ def adopt(values: dict[str, Any], init_from: str, run: str | None = None) -> Non
     if run is not None and workdir.has_checkpoint(Path(run)):
         source = Path(run)
     model, own = _published(source) if is_published(source) else _of_run(source)
-    file = values["model"]
-    adopted = dataclasses.asdict(model) | {name: file[name] for name in OF_TRAINING}
-    if adopted["rope_scaling"] is None and file["rope_scaling"] is not None:
-        adopted |= {name: file[name] for name in ("rope_scaling", "max_position_embeddings")}
-    values["model"] = adopted
-    if own is not None and values["data"]["tokenizer"] == DEFAULT_TOKENIZER:
-        values["data"]["tokenizer"] = own
+    file, data = values.get("model") or {}, values.setdefault("data", {})
+    if not isinstance(file, dict) or not isinstance(data, dict):
+        return  # told when the sections are built
+    kept = list(OF_TRAINING)
+    if model.rope_scaling is None and file.get("rope_scaling") is not None:
+        kept += ["rope_scaling", "max_position_embeddings"]
+    values["model"] = dataclasses.asdict(model) | {name: file[name] for name in kept if name in file}
+    if own is not None and data.get("tokenizer", DEFAULT_TOKENIZER) == DEFAULT_TOKENIZER:
+        data["tokenizer"] = own
 
 
 def _published(directory: Path) -> tuple[ModelConfig, str | None]:
@@ -57,4 +59,4 @@ def _of_run(directory: Path) -> tuple[ModelConfig, str]:
             " safetensors) nor the directory of a run with checkpoints"
         )
     config = workdir.read_config(directory)
-    return config.model, config.data.tokenizer
+    return config.model, workdir.find_tokenizer(directory, config.data.tokenizer)

@@ -22,7 +22,7 @@ DELETED = "*.deleted"
 
 # What decides the arrays, their meaning, and the order of the data: a run that goes on cannot change it.
 FIXED = ("model.", "data.", "training.seed", "optimizer.moment_dtype")
-FREE = ("data.directory",)  # where the data lies; what it is, the fingerprint tells
+FREE = ("data.directory", "data.tokenizer")  # where they lie; what they are, the fingerprint of the data tells
 
 
 class Saver:
@@ -153,9 +153,12 @@ def check_same_run(meta: Mapping[str, Any], config: Config, fingerprint: str) ->
     old, new = _fields(to_dict(from_dict(meta["config"]))), _fields(to_dict(config))
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     told = {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed}
+    if "init_from" in told:
+        told["init_from"] += " (without effect: the run goes on with its own weights)"
     refused = [text for name, text in told.items() if name.startswith(FIXED) and name not in FREE]
     if not refused and meta["data_fingerprint"] != fingerprint:
         refused = [f"the prepared data: fingerprint {meta['data_fingerprint']} -> {fingerprint}"]
+        refused += [told[name] for name in FREE if name in told]
     if refused:
         raise ConfigError(
             f"this run was begun with something else and cannot go on ({'; '.join(refused)}); "

@@ -16,7 +16,7 @@ from dsjax.hub.inspection import by_part, describe, table
 from dsjax.sharding import make_mesh
 from dsjax.training import checkpoint
 from dsjax.training.state import abstract_state
-from dsjax.training.workdir import CHECKPOINTS
+from dsjax.training.workdir import CHECKPOINTS, find_tokenizer
 
 
 def load_run(run: str | Path) -> tuple[Config, hub.Loaded]:
@@ -39,15 +39,15 @@ def load_run(run: str | Path) -> tuple[Config, hub.Loaded]:
     return config, hub.Loaded(config.model, arrays["params"], arrays["router_bias"])
 
 
-def export(run: str | Path, destination: str | Path, dtype: Any = "bfloat16", *, scale_format: str = "float32") -> None:
-    """Writes the newest checkpoint of a run as `hub.save` does, with the run's tokenizer.
+def export(run: str | Path, destination: str | Path, dtype: Any = None, *, scale_format: str | None = None) -> None:
+    """Writes the newest checkpoint of a run as `hub.save` does (dtype None: in FP32), with the run's tokenizer.
 
     Raises:
       ConfigError: as `load_run` and `hub.save` do.
     """
     config, model = load_run(run)
     with tempfile.TemporaryDirectory() as scratch:
-        text = tokenizer.load(config.data.tokenizer)
+        text = tokenizer.load(find_tokenizer(Path(run), config.data.tokenizer))
         text.write(Path(scratch))
         hub.save(destination, model, dtype, scale_format=scale_format, companions=scratch, eos_token_id=text.eos_id)
 

@@ -37,7 +37,7 @@ from dsjax.training.schedule import Schedule
 from dsjax.training.start import begin
 from dsjax.training.state import TrainState, abstract_state
 from dsjax.training.step import evaluate_step, place_batch, pretrain_step
-from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS, claim, write_config
+from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS, TOKENIZER, claim, write_config
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def train(config: Config, workdir: str | Path) -> Summary:
         return already_complete(config, workdir, position)
     if jax.process_index() == 0:
         write_config(workdir, config)
+        keep_tokenizer(workdir, config.data.tokenizer)
 
     schedule = Schedule(config.training, config.optimizer, config.data.sequence_length)
     chips = machine(config.hardware, config.precision)
@@ -139,10 +140,22 @@ def check_fit(config: Config, mesh: Mesh) -> None:
     check_batch("evaluation.sequences", config.evaluation.sequences, mesh)
     needed = tokenizer.load(config.data.tokenizer).vocab_size
     if needed > config.model.vocab_size:
+        remedy = f"set --config.model.vocab_size={needed} or more"
+        if config.init_from:
+            remedy = "give the one that the weights were trained with as --config.data.tokenizer"
         raise ConfigError(
             f"the tokenizer {config.data.tokenizer!r} has {needed} tokens, but model.vocab_size is "
-            f"{config.model.vocab_size}; set --config.model.vocab_size={needed} or more"
+            f"{config.model.vocab_size}; {remedy}"
         )
+
+
+def keep_tokenizer(workdir: Path, name: str) -> None:
+    """Copies a tokenizer of files into the run's directory: without it, a run that outlives them is worth nothing."""
+    directory = workdir / TOKENIZER
+    if name in tokenizer.NAMES or directory.exists():
+        return
+    directory.mkdir()
+    tokenizer.load(name).write(directory)
 
 
 def find_start(config: Config, workdir: Path, fingerprint: str) -> tuple[Position, list[str]]:

@@ -196,7 +196,7 @@ class Monitor:
     def _progress(self, row: Mapping[str, Any]) -> list[str]:
         """What the progress line shows, the most important first."""
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
-        remaining = self._total_tokens - row["tokens"]
+        remaining = max(0, self._total_tokens - row["tokens"])  # a batch size that changed makes it a guess
         loss, mtp, mfu = row["loss"], row["mtp_loss"], self._mfu(tokens / seconds)
         parts = [
             f"step {row['step']}/{self._config.training.total_steps}",

@@ -11,6 +11,7 @@ CONFIG = "config.json"  # the config as used
 METRICS = "metrics.jsonl"  # one object a step
 EXPERT_LOAD = "expert_load.jsonl"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"  # the files of the tokenizer, where it is one of files
 PLOTS = "plots"
 LOSS_PLOT = "loss.png"  # in it, beside others
 REPORT = "report.html"
@@ -42,6 +43,12 @@ def claim(workdir: Path) -> None:
 def has_checkpoint(workdir: Path) -> bool:
     """Whether `workdir` is that of a run that has saved at least once."""
     return _read(workdir) is not None and any(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+
+
+def find_tokenizer(workdir: Path, name: str) -> str:
+    """The tokenizer of a run, called `name` in its config: the run's own copy where it was a file that is gone."""
+    own = workdir / TOKENIZER / Path(name).name
+    return str(own) if own.is_file() and not Path(name).expanduser().is_file() else name
 
 
 def write_config(workdir: Path, config: Config) -> None:
