@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from dsjax import hub
 from dsjax.config import ConfigError, RopeScaling, load
-from dsjax.hub import names, reading
+from dsjax.hub import names, reading, writing
 from dsjax.hub.architecture import Quantization, published_config
 from dsjax.hub.inspection import inspect
 from dsjax.hub.safetensors import Writer, open_tensors
@@ -87,6 +89,22 @@ def test_accelerators_are_filled_with_the_same_numbers(monkeypatch, tmp_path):
     expected = hub.load(tmp_path / "fp8", mesh, "float32")
     monkeypatch.setattr(reading, "HostPart", reading.DevicePart)
     small.assert_trees_close(hub.load(tmp_path / "fp8", mesh, "float32").params, expected.params, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_one_expert_is_fetched_from_many_processes_without_the_others(dtype):
+    mesh = small.mesh(1, 2, 4)
+    numbers = np.random.default_rng(0).standard_normal((2, 8, 16, 4)).astype(dtype)
+    numbers[1, 3, 0, 0] = -0.0
+    cut = PartitionSpec(None, "expert", "fsdp")
+    array = jax.device_put(numbers, NamedSharding(mesh, cut))
+    take = writing._taker(mesh, (False, True))
+    for index in [(1, 3), (0, 7), (0, 0)]:
+        assert np.asarray(take(array, tuple(map(np.int32, index)))).tobytes() == numbers[index].tobytes()
+        assert writing._take(array, index).tobytes() == numbers[index].tobytes()
+    program = take.lower(array, (np.int32(0), np.int32(0))).compile().as_text()
+    assert "all-gather(" in program  # over fsdp
+    assert not re.search(r"\[8,[^ ]* all-gather\(", program)
 
 
 def test_what_is_kept_in_fp8_means_what_is_dequantised(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -215,18 +216,58 @@ def _fetch(leaf: Any, place: Place) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _take(array: Any, index: tuple[int, ...]) -> np.ndarray:
     """array[index] on the host; of an array that is spread out, nothing else comes there."""
-    if isinstance(array, np.ndarray) or len(array.sharding.device_set) == 1 and array.device.platform == "cpu":
-        return np.asarray(array)[index]
-    mesh = getattr(array.sharding, "mesh", None)
-    taken = _taker(mesh)(array, tuple(map(np.int32, index)))
+    if isinstance(array, np.ndarray):
+        return array[index]
+    if array.is_fully_addressable:
+        return _from_shards(array, index)
+    spec = (*array.sharding.spec, *[None] * len(index))
+    is_cut = tuple(axes is not None for axes in spec[: len(index)])
+    taken = _taker(array.sharding.mesh, is_cut)(array, tuple(map(np.int32, index)))
     return np.asarray(taken.addressable_data(0))
 
 
-@lru_cache
-def _taker(mesh: Mesh | None) -> Any:
-    def take(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
-        for i in index:
-            array = lax.dynamic_index_in_dim(array, i, keepdims=False)
-        return array
+def _from_shards(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """array[index], put together on the host from the devices that hold it."""
+    out = np.empty(array.shape[len(index) :], array.dtype)
+    for shard in array.addressable_shards:
+        starts = [cut.start or 0 for cut in shard.index[: len(index)]]
+        local = tuple(i - start for i, start in zip(index, starts, strict=True))
+        inside = all(0 <= i < size for i, size in zip(local, shard.data.shape, strict=False))
+        if inside and shard.replica_id == 0:
+            out[shard.index[len(index) :]] = _at(shard.data, local)
+    return out
 
-    return jax.jit(take, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
+
+def _at(part: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    if next(iter(part.devices())).platform == "cpu":
+        return np.asarray(part)[index]
+    return np.asarray(_indexed(part, tuple(map(np.int32, index))))
+
+
+@jax.jit
+def _indexed(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    for i in index:
+        array = lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return array
+
+
+@lru_cache
+def _taker(mesh: Mesh, is_cut: tuple[bool, ...]) -> Any:
+    """array[index] of an array that several processes hold, for each of them.
+
+    Along a dimension that is cut over the mesh, one of its elements is the sum over all of them with the others put to
+    zero: the partitioner would gather them all to take one. Of bits, so that a negative zero stays one.
+    """
+
+    def take(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        dtype, bits = array.dtype, jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        array = lax.bitcast_convert_type(array, bits)
+        for i, cut in zip(index, is_cut, strict=True):
+            if cut:
+                here = jnp.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1)) == i
+                array = jnp.sum(jnp.where(here, array, 0), axis=0, dtype=jnp.uint32).astype(bits)
+            else:
+                array = lax.dynamic_index_in_dim(array, i, keepdims=False)
+        return lax.bitcast_convert_type(array, dtype)
+
+    return jax.jit(take, out_shardings=NamedSharding(mesh, PartitionSpec()))
