@@ -28,7 +28,7 @@ def convert(
     Args:
       source: a directory that `load` reads.
       destination: a new or empty directory; it appears when everything is written.
-      dtype: "bfloat16", "float32" or "float8_e4m3fn", as for `save`.
+      dtype: "bfloat16", "float32" or "float8_e4m3fn", as for `save`; None keeps each tensor as it is.
       scale_format: of block FP8: "float32" or "ue8m0"; None: as in the source, "float32" where it has none.
       max_shard_bytes: of one file.
 
@@ -66,9 +66,9 @@ def _config(values: dict[str, Any], form: Format, is_fp8: bool, mtp: int) -> dic
     values = {name: value for name, value in values.items() if name != "quantization_config"}
     spelling = "dtype" if "dtype" in values else "torch_dtype"
     # DeepSeek's FP8 checkpoints say bfloat16 here: the dtype of what is not FP8, and of the arithmetic.
-    values[spelling] = "float32" if form.kind is not None and form.kind.name == "float32" else "bfloat16"
-    if "num_nextn_predict_layers" in values:
-        values["num_nextn_predict_layers"] = mtp
+    if form.kind is not None:
+        values[spelling] = "float32" if form.kind.name == "float32" else "bfloat16"
+    values |= {name: mtp for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in values}
     if is_fp8:
         values["quantization_config"] = quantization_config(form.quantization)
     return values
