@@ -5,6 +5,7 @@ environment that it reads at import has been set.
 """
 
 import argparse
+import errno
 import io
 import json
 import math
@@ -33,6 +34,8 @@ examples:
 Any field of the configuration can be set: --config.section.field=value. `dsjax COMMAND --help` tells more.
 """
 
+# What the system says of paths that a user gave; any other error of the system's is told with its traceback.
+USERS_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 CONVERTED = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "fp32": "float32"}
 SCALE_FORMATS = ("float32", "ue8m0")
 
@@ -52,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         print(f"dsjax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in USERS_ERRORS:
+            raise
+        print(f"dsjax: {error.filename or 'a file'} cannot be used ({error.strerror})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dsjax: interrupted", file=sys.stderr)

@@ -61,12 +61,12 @@ def test_load_and_save_keep_every_bit(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dtype, scale_format", [("bfloat16", "float32"), *(("float8_e4m3fn", f) for f in ("float32", "ue8m0"))]
+    "dtype, scale_format", [("bfloat16", None), *(("float8_e4m3fn", f) for f in ("float32", "ue8m0"))]
 )
 def test_low_precision_keeps_every_bit_through_load_and_save_on_a_mesh(tmp_path, dtype, scale_format):
     hub.save(tmp_path / "first", random_model(ODD), dtype, scale_format=scale_format, max_shard_bytes=50_000)
     loaded = hub.load(tmp_path / "first", small.mesh(1, 2, 4), dtype)
-    assert (loaded.quantization == Quantization((128, 128), scale_format)) == (dtype != "bfloat16")
+    assert loaded.quantization == (Quantization((128, 128), scale_format) if scale_format else None)
     hub.save(tmp_path / "second", loaded)
     assert_same_tensors(tmp_path / "first", tmp_path / "second")
     assert len(list((tmp_path / "first").glob("*.safetensors"))) > 2
@@ -134,9 +134,9 @@ def test_unquantised_parts_of_an_fp8_checkpoint_are_those_of_deepseek(tmp_path):
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
 def test_convert_equals_load_and_save(tmp_path, scale_format):
     hub.save(tmp_path / "fp32", random_model(ODD))
-    for dtype in ("float8_e4m3fn", "bfloat16"):
-        hub.save(tmp_path / f"saved_{dtype}", hub.load(tmp_path / "fp32"), dtype, scale_format=scale_format)
-        hub.convert(tmp_path / "fp32", tmp_path / f"converted_{dtype}", dtype, scale_format=scale_format)
+    for dtype, scales in [("float8_e4m3fn", scale_format), ("bfloat16", None)]:
+        hub.save(tmp_path / f"saved_{dtype}", hub.load(tmp_path / "fp32"), dtype, scale_format=scales)
+        hub.convert(tmp_path / "fp32", tmp_path / f"converted_{dtype}", dtype, scale_format=scales)
         assert_same_tensors(tmp_path / f"saved_{dtype}", tmp_path / f"converted_{dtype}")
     hub.convert(tmp_path / "saved_float8_e4m3fn", tmp_path / "again", "float8_e4m3fn")
     assert_same_tensors(tmp_path / "saved_float8_e4m3fn", tmp_path / "again")
@@ -233,6 +233,38 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
     assert [file.name for file in (tmp_path / "used").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (dict(scale_format="ue8m0"), "has no effect without FP8"),
+        (dict(dtype="float8_e4m3fn", scale_format="e5m2"), "unknown scale format 'e5m2'; valid are float32, ue8m0"),
+        (dict(companions="nowhere"), "there is no directory nowhere"),
+        (dict(max_shard_bytes=0), "max_shard_bytes is 0"),
+        (dict(dtype="int8"), "parameters cannot be 'int8'"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused(tmp_path, options, told):
+    with pytest.raises(ConfigError, match=told):
+        hub.save(tmp_path / "model", random_model(small.MODEL), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_overflows_in_bf16_is_not_written(tmp_path):
+    model = random_model(small.MODEL)
+    model.params["norm"]["weight"][0] = 3.4e38
+    with pytest.raises(ConfigError, match="model.norm.weight holds a number too large for bfloat16"):
+        hub.save(tmp_path / "model", model, "bfloat16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_absurd_sizes_are_told_before_they_are_built(tmp_path):
+    directory = Path(shutil.copytree(MTP_CASE, tmp_path / "case"))
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ConfigError, match="tensors, but its config.json asks for more than"):
+        hub.load(directory)
+
+
 def test_nothing_half_written_is_left(tmp_path):
     model = random_model(small.MODEL)
     model.params["moe_layers"]["mlp"]["experts"]["down_proj"][0, 3, 1, 1] = np.nan
@@ -310,7 +342,8 @@ def test_inspect_tells_every_problem_and_the_parts_add_up(tmp_path):
     hub.save(tmp_path / "model", random_model(ODD), "bfloat16")
     text, is_complete = inspect(tmp_path / "model", values=True)
     assert is_complete
-    total = sum(array.size for array in tensors_of(tmp_path / "model").values())
+    copies = names.copies(ODD)
+    total = sum(a.size for name, a in tensors_of(tmp_path / "model").items() if name not in copies)
     assert f"{total:,}" in text
     tensors = tensors_of(tmp_path / "model")
     for name in (GATE, "model.norm.weight"):

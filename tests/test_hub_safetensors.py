@@ -333,7 +333,7 @@ MANGLED_DIRECTORIES = {
     "a single file too": (lambda path: shutil.copy(path / FIRST, path / SINGLE), "an index that does not name it"),
     "a shard is a directory": (
         lambda path: ((path / FIRST).unlink(), (path / FIRST).mkdir()),
-        "cannot be read .*directory",
+        "is not a file",
     ),
     "nothing": (lambda path: [file.unlink() for file in path.iterdir()], "there are no safetensors files in"),
     "only pickles": (

@@ -173,10 +173,10 @@ def test_init_from_without_a_name_is_told(place, capsys):
     assert "init_from is an empty text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["nowhere", "text"])
-def test_nothing_to_begin_with_is_told(place, capsys, missing):
+@pytest.mark.parametrize("missing, told", [("nowhere", "there is no "), ("text", "is neither a published checkpoint")])
+def test_nothing_to_begin_with_is_told(place, capsys, missing, told):
     assert train(place, "refused", missing) == 2
-    assert "is neither a published checkpoint" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert not (place / "refused").exists()
 
 

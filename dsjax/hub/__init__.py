@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "convert", "load", "save"]
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     if name == "convert":
         from dsjax.hub.conversion import convert

@@ -243,6 +243,16 @@ def is_published(directory: Path) -> bool:
         return any(Path(directory).glob("*.safetensors"))
 
 
+def neither(path: Path) -> str:
+    """The sentence for a path that is neither a published checkpoint nor a run."""
+    if not path.exists():
+        return f"there is no {path}; give the directory of a published checkpoint or of a run"
+    return (
+        f"{path} is neither a published checkpoint (config.json with a model_type, and safetensors) nor the directory"
+        " of a run with checkpoints"
+    )
+
+
 def read_config(directory: Path) -> Published:
     """The architecture of a published checkpoint.
 

@@ -11,7 +11,7 @@ from dsjax.hub.architecture import Quantization, quantization_config, read_confi
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.reading import Source, as_kind, check, check_copies, read_finite, read_scale
 from dsjax.hub.safetensors import open_tensors
-from dsjax.hub.writing import SHARD_BYTES, V3_BLOCKS, Format, Plan, write
+from dsjax.hub.writing import SHARD_BYTES, V3_BLOCKS, Format, Plan, check_options, write
 from dsjax.numerics.fp8 import E4M3
 
 
@@ -35,7 +35,8 @@ def convert(
     Raises:
       ConfigError: as `load` and `save` do.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    check_options(as_kind(dtype), scale_format, None, max_shard_bytes)
     stored = read_config(source)
     now = stored.quantization
     blocks = now or V3_BLOCKS

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dsjax.config import ConfigError, ModelConfig
+from dsjax.hub import names
 from dsjax.hub.architecture import Published, read_config
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.names import SCALE
@@ -20,7 +21,8 @@ from dsjax.numerics.fp8 import dequantize_blocks
 
 LISTED = 10  # missing or surplus tensors named before the rest is only counted
 
-OTHER = "other"
+OTHER, REPEATED = "other", "repeated for MTP"
+UNREAD = " (by the headers; --values reads the numbers, too)"
 PARTS = {  # by what the published name contains; the first that fits
     "embedding": ("embed_tokens",),
     "head": ("lm_head", "shared_head.head"),
@@ -30,6 +32,7 @@ PARTS = {  # by what the published name contains; the first that fits
     "dense feed-forward": (".mlp.",),
     "norms": ("input_layernorm", "post_attention_layernorm", "model.norm."),
     "attention": (".self_attn.",),
+    REPEATED: (),
     "joining MTP": ("eh_proj", "enorm", "hnorm", "shared_head.norm"),
     OTHER: (),
 }
@@ -72,7 +75,9 @@ def inspect(path: str | Path, values: bool = False) -> tuple[str, bool]:
     if stored.model != model:
         lines.append("  (config.json promises MTP, but no tensor of it is there)")
     lines += ["", *table(parts), ""]
-    lines += wrong[:LISTED] or ["complete: every tensor of the architecture is there, and no other"]
+    complete = "complete: every tensor of the architecture is there, and no other"
+    complete = "complete: every tensor of the architecture is there, and no other"
+    lines += wrong[:LISTED] or [complete + ("" if values else UNREAD)]
     if len(wrong) > LISTED:
         lines.append(f"and {len(wrong) - LISTED} problems more")
     return "\n".join(lines), not wrong
@@ -119,6 +124,8 @@ def by_part(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], float | None
 
 
 def part_of(name: str) -> str:
+    if names.layer_of(name) is not None and ("embed_tokens" in name or "shared_head.head" in name):
+        return REPEATED
     return next((part for part, signs in PARTS.items() if any(sign in name for sign in signs)), OTHER)
 
 
@@ -156,7 +163,7 @@ def table(parts: dict[str, Part]) -> Iterator[str]:
     """The parts in columns, with their sum; the largest magnitudes where they are known."""
     values = any(part.largest is not None for part in parts.values())
     yield f"  {'part':<20}{'parameters':>18}{'share':>8}{'GB':>11}  {'largest  ' * values}dtype"
-    total = sum(part.parameters for part in parts.values())
+    total = sum(part.parameters for name, part in parts.items() if name != REPEATED)
     for name, part in parts.items():
         largest = f"{part.largest or 0:<9.3g}" * values
         share, size, kinds = part.parameters / max(total, 1), part.nbytes / 1e9, ", ".join(part.dtypes)

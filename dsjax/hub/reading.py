@@ -6,7 +6,7 @@ import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +45,8 @@ class Loaded:
     """A model in arrays: what `model.transformer.Network.bind` takes."""
 
     config: ModelConfig
-    params: Any
-    router_bias: Any
+    params: Any = field(repr=False)
+    router_bias: Any = field(repr=False)
     quantization: Quantization | None = None  # of the parameters kept in FP8
 
 
@@ -69,7 +69,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None, *, confi
       ConfigError: a config or file that is damaged, incomplete or of another architecture, or a size that the mesh
         does not divide.
     """
-    path, wanted = Path(path), as_kind(dtype)
+    path, wanted = Path(path).expanduser(), as_kind(dtype)
     stored = read_config(path)
     with open_tensors(path) as tensors:
         model = config or without_missing_mtp(stored.model, tensors.entries)
@@ -86,10 +86,19 @@ class Source:
 
     def __init__(self, path: Path, tensors: Tensors, model: ModelConfig, stored: Published, mesh: Mesh | None = None):
         self.path, self.tensors, self.model, self.stored = path, tensors, model, stored
+        self._check_count()
         self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         self.net = network(model, Execution(self.mesh, recipe("fp32")))
         self.shapes = (self.net.shapes, self.net.bias_shapes)
         self.places = names.places(names.flat(self.net.shapes) | names.flat(self.net.bias_shapes), model)
+
+    def _check_count(self) -> None:
+        """Raises ConfigError where sizes in config.json are absurd, before they are taken for something to build."""
+        least = self.model.num_hidden_layers + self.model.num_moe_layers * self.model.n_routed_experts
+        if least > 100 * len(self.tensors.entries) + 1000:
+            raise ConfigError(
+                f"{self.path} holds {len(self.tensors.entries)} tensors, but its config.json asks for more than {least}"
+            )
 
     def entry(self, name: str) -> Entry:
         return self.tensors.entries[name]

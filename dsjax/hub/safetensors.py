@@ -119,6 +119,8 @@ def open_tensors(path: Path) -> Tensors:
     descriptors: dict[Path, int] = {}
     try:
         for file, promised in _files(path).items():
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"{file} is not a file; give a directory that holds safetensors files")
             with _told(file, "read"):
                 descriptors[file] = os.open(file, os.O_RDONLY)
                 found = _read_header(descriptors[file], file)

@@ -30,6 +30,8 @@ CONFIG = "config.json"
 COMPANIONS = (
     "tokenizer*",
     "tokenization*.py",
+    "configuration_*.py",
+    "modeling_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -42,6 +44,7 @@ COMPANIONS = (
 )
 SHARD_BYTES = 4 << 30  # DeepSeek's shards have about as many
 Plan = dict[str, tuple[np.dtype, tuple[int, ...]]]  # published name -> dtype and shape
+SCALE_FORMATS = ("float32", "ue8m0")
 V3_BLOCKS = Quantization((128, 128), "float32")
 
 
@@ -75,7 +78,8 @@ def save(
       ConfigError: the directory is in use or cannot be written, no published class has this architecture, or an array
         holds NaN or infinity.
     """
-    path, kind = Path(path), as_kind(dtype)
+    path, kind = Path(path).expanduser(), as_kind(dtype)
+    check_options(kind, scale_format, companions, max_shard_bytes)
     now = model.quantization or V3_BLOCKS
     form = Format(kind, Quantization(now.block, scale_format or now.scale_format) if kind else now)
     arrays = names.flat(model.params) | names.flat(model.router_bias)
@@ -98,6 +102,20 @@ def save(
     main = next(dtype for name, (dtype, _) in plan.items() if name.endswith("embed_tokens.weight"))
     values = published_config(model.config, main.name, quantization, bos_token_id, eos_token_id)
     write(path, values, plan, fetched(), Path(companions) if companions else None, max_shard_bytes)
+
+
+def check_options(
+    kind: np.dtype | None, scale_format: str | None, companions: str | Path | None, max_shard_bytes: int
+) -> None:
+    """Raises ConfigError for options of `save` and `convert` that are wrong or would have no effect."""
+    if scale_format not in (None, *SCALE_FORMATS):
+        raise ConfigError(f"unknown scale format {scale_format!r}; valid are {', '.join(SCALE_FORMATS)}")
+    if scale_format is not None and kind != E4M3:
+        raise ConfigError(f"the scale format {scale_format} has no effect without FP8; ask for FP8, or leave it out")
+    if companions is not None and not Path(companions).is_dir():
+        raise ConfigError(f"there is no directory {companions} to copy tokenizer files from")
+    if max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes}, but must be at least 1")
 
 
 class Format(NamedTuple):
@@ -143,9 +161,17 @@ class Format(NamedTuple):
             raise ConfigError(f"{name} holds NaN or infinity, so it is not written; go back to an earlier checkpoint")
         if dtype == E4M3 and scale is None:
             numbers, scale = _quantised(name, numbers, self.quantization)
-        yield name, np.ascontiguousarray(numbers.astype(dtype, copy=False))
+        written = np.ascontiguousarray(_cast(numbers, dtype))
+        if not is_finite(written):
+            raise ConfigError(f"{name} holds a number too large for {dtype}; choose another dtype")
+        yield name, written
         if scale is not None:
             yield name + SCALE, np.ascontiguousarray(scale, np.float32)
+
+
+def _cast(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return numbers.astype(dtype, copy=False)
 
 
 def _quantised(name: str, numbers: np.ndarray, quantization: Quantization) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +191,7 @@ def write(
 ) -> None:
     """Writes a whole directory: the planned tensors, config.json, the companion files of another directory."""
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.values())
-    path = path.absolute()
+    path = path.resolve()
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {path.name}", disable=None, delay=1)
     if jax.process_index() > 0:  # takes part in fetching
         for _ in tensors:
@@ -195,6 +221,8 @@ def staged(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} exists already; give a new or empty directory")
+    if path.is_mount():
+        raise ConfigError(f"{path} is a mount point, which cannot be replaced when all is written; give a name in it")
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed

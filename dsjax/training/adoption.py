@@ -10,7 +10,7 @@ from typing import Any
 
 from dsjax.config import ConfigError, ModelConfig
 from dsjax.data import tokenizer
-from dsjax.hub.architecture import is_published
+from dsjax.hub.architecture import is_published, neither
 from dsjax.hub.directory import read_architecture
 from dsjax.training import workdir
 
@@ -54,9 +54,6 @@ def _published(directory: Path) -> tuple[ModelConfig, str | None]:
 
 def _of_run(directory: Path) -> tuple[ModelConfig, str]:
     if not workdir.has_checkpoint(directory):
-        raise ConfigError(
-            f"init_from: {directory} is neither a published checkpoint (config.json with a model_type, and"
-            " safetensors) nor the directory of a run with checkpoints"
-        )
+        raise ConfigError(f"init_from: {neither(directory)}")
     config = workdir.read_config(directory)
     return config.model, workdir.find_tokenizer(directory, config.data.tokenizer)

@@ -160,9 +160,11 @@ def check_same_run(meta: Mapping[str, Any], config: Config, fingerprint: str) ->
         refused = [f"the prepared data: fingerprint {meta['data_fingerprint']} -> {fingerprint}"]
         refused += [told[name] for name in FREE if name in told]
     if refused:
+        begun = meta["config"].get("init_from")
+        remedy = f"give --config.init_from={begun} again" if begun and not config.init_from else "put it back as it was"
         raise ConfigError(
             f"this run was begun with something else and cannot go on ({'; '.join(refused)}); "
-            "put it back as it was, or start a new run with another --workdir"
+            f"{remedy}, or start a new run with another --workdir"
         )
     return list(told.values())
 

@@ -12,6 +12,7 @@ from dsjax import hub
 from dsjax.config import Config, ConfigError, MeshConfig, from_dict
 from dsjax.data import tokenizer
 from dsjax.hub import names
+from dsjax.hub.architecture import neither
 from dsjax.hub.inspection import by_part, describe, table
 from dsjax.sharding import make_mesh
 from dsjax.training import checkpoint
@@ -28,10 +29,7 @@ def load_run(run: str | Path) -> tuple[Config, hub.Loaded]:
     directory = Path(run) / CHECKPOINTS
     step = checkpoint.latest(directory)
     if step is None:
-        raise ConfigError(
-            f"{run} is neither a published checkpoint (config.json with a model_type, and safetensors) nor the"
-            " directory of a run with checkpoints"
-        )
+        raise ConfigError(neither(Path(run)))
     config = from_dict(checkpoint.read_meta(directory, step)["config"])
     state = abstract_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     wanted = {"params": state.params, "router_bias": state.router_bias}

@@ -26,6 +26,7 @@ from dsjax.config import Config, ConfigError, to_dict
 from dsjax.data import tokenizer
 from dsjax.data.loader import Loader
 from dsjax.data.prepare import Prepared, prepare
+from dsjax.hub.architecture import is_published
 from dsjax.planning import counts
 from dsjax.sharding import check_batch, make_mesh
 from dsjax.training import checkpoint
@@ -324,6 +325,11 @@ def introduce(
             f"beginning with the weights of {config.init_from}, and so with its architecture; tokenizer"
             f" {config.data.tokenizer}"
         )
+        if config.data.tokenizer == "bytes" and is_published(Path(config.init_from)):
+            monitor.warn(
+                "no tokenizer was found beside the weights, so tokens are taken to be bytes; if they are not, stop and"
+                " name the right one with --config.data.tokenizer"
+            )
 
 
 def already_complete(config: Config, workdir: Path, position: Position) -> Summary:
