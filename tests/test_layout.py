@@ -31,7 +31,7 @@ FENCES = {  # library: the places that may import it, as prefixes of paths insid
 }
 WITHOUT_JAX = (
     *("__init__.py", "sections.py", "checks.py", "config.py", "planning/", "training/adoption.py"),
-    *("hub/architecture.py", "hub/directory.py", "hub/safetensors.py"),
+    *("hub/families.py", "hub/architecture.py", "hub/directory.py", "hub/safetensors.py"),
 )
 
 
