@@ -201,6 +201,17 @@ def test_yarn_of_the_file_extends_a_checkpoint_without_and_never_replaces_one(tm
         assert values["model"]["max_position_embeddings"] == 163840
 
 
+def test_what_mtp_receives_is_what_the_weights_were_trained_with(tmp_path, model, place):
+    before = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, mtp_hidden_state="pre_norm"))
+    hub.save(tmp_path / "post", model)  # the field is not written, so the file may say
+    assert adopted(Config(), tmp_path / "post")["model"]["mtp_hidden_state"] == "post_norm"
+    assert adopted(before, tmp_path / "post")["model"]["mtp_hidden_state"] == "pre_norm"
+    trained = dataclasses.replace(MODEL, mtp_hidden_state="pre_norm")
+    hub.save(tmp_path / "pre", dataclasses.replace(model, config=trained))
+    assert adopted(Config(), tmp_path / "pre")["model"]["mtp_hidden_state"] == "pre_norm"
+    assert adopted(before, place / "run")["model"]["mtp_hidden_state"] == "post_norm"
+
+
 def test_the_tokenizer_is_that_of_the_checkpoint(tmp_path, model):
     hub.save(tmp_path / "model", model)
     assert adopted(Config(), tmp_path / "model")["data"]["tokenizer"] == "bytes"

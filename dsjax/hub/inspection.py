@@ -76,7 +76,6 @@ def inspect(path: str | Path, values: bool = False) -> tuple[str, bool]:
         lines.append("  (config.json promises MTP, but no tensor of it is there)")
     lines += ["", *table(parts), ""]
     complete = "complete: every tensor of the architecture is there, and no other"
-    complete = "complete: every tensor of the architecture is there, and no other"
     lines += wrong[:LISTED] or [complete + ("" if values else UNREAD)]
     if len(wrong) > LISTED:
         lines.append(f"and {len(wrong) - LISTED} problems more")

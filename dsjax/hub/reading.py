@@ -239,7 +239,7 @@ class HostPart:
         out = self._array[index]
         # New memory is quick to come by in order, and not in the order in which a turned matrix is written.
         out.reshape(-1).view(np.uint8)[::PAGE] = 0
-        _copy(out, numbers)
+        copy_numbers(out, numbers)
 
     def arrays(self) -> list[jax.Array]:
         # A step that is given them copies before it writes: what the host shares is never donated.
@@ -255,7 +255,7 @@ class DevicePart:
 
     def put(self, index: tuple[int, ...], numbers: np.ndarray) -> None:
         whole = np.empty(numbers.shape, self._arrays[0].dtype)
-        _copy(whole, numbers)
+        copy_numbers(whole, numbers)
         start = (*index, *[0] * numbers.ndim)
         with self._lock:
             for i, array in enumerate(self._arrays):
@@ -272,10 +272,10 @@ def _insert(array: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.A
     return lax.dynamic_update_slice(array, piece.reshape((1,) * (array.ndim - piece.ndim) + piece.shape), start)
 
 
-def _copy(out: np.ndarray, numbers: np.ndarray) -> None:
+def copy_numbers(out: np.ndarray, numbers: np.ndarray) -> None:
     """out[...] = numbers, in `out`'s dtype, quick also where `numbers` is a turned matrix."""
     plain = out.view(f"u{out.itemsize}")  # NumPy moves numbers it knows faster
-    band = BAND if numbers.ndim == 2 and not numbers.flags.c_contiguous else max(numbers.shape[-1:], default=1)
+    band = BAND if numbers.ndim == 2 and numbers.strides[0] < numbers.strides[1] else max(numbers.shape[-1:], default=1)
     for start in range(0, max(numbers.shape[-1:], default=1), band):
         part = numbers[..., start : start + band] if numbers.ndim else numbers
         plain[..., start : start + band] = part.astype(out.dtype, copy=False).view(plain.dtype)
@@ -411,7 +411,9 @@ def check_copies(source: Source) -> None:
     for name, of in names.copies(source.model).items():
         if name not in source.tensors.entries:
             continue
-        copy, original = (hashlib.sha256(source.tensors.read(each).tobytes()).digest() for each in (name, of))
+        copy, original = (
+            hashlib.sha256(source.tensors.read(each).reshape(-1).view(np.uint8).data).digest() for each in (name, of)
+        )
         if copy != original:
             raise ConfigError(
                 f"{source.path}: {name} differs from {of}, but MTP and tied embeddings share one array; only models"

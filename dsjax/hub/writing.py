@@ -21,7 +21,7 @@ from dsjax.config import ConfigError
 from dsjax.hub import names
 from dsjax.hub.architecture import Quantization, published_config
 from dsjax.hub.names import SCALE, Place
-from dsjax.hub.reading import BFLOAT16, FLOAT32, Loaded, as_kind, is_finite
+from dsjax.hub.reading import BFLOAT16, FLOAT32, Loaded, as_kind, copy_numbers, is_finite
 from dsjax.hub.safetensors import Writer
 from dsjax.numerics.fp8 import E4M3, Blocks, dequantize_blocks, quantize_blocks, scale_shape
 
@@ -238,8 +238,19 @@ def staged(path: Path) -> Iterator[Path]:
 def _fetch(leaf: Any, place: Place) -> tuple[np.ndarray, np.ndarray | None]:
     """One published tensor from our array, with its scales where it has any."""
     if isinstance(leaf, Blocks):
-        return tuple(place.as_published(_take(part, place.index)) for part in leaf)
-    return place.as_published(_take(leaf, place.index)), None
+        weight, scale = (_turned(_take(part, place.index), place) for part in leaf)
+        return weight, scale
+    return _turned(_take(leaf, place.index), place), None
+
+
+def _turned(numbers: np.ndarray, place: Place) -> np.ndarray:
+    """What lies in our array at `place`, in the published layout and order of memory."""
+    published = place.as_published(numbers)
+    if published.flags.c_contiguous:
+        return published
+    out = np.empty(published.shape, published.dtype)
+    copy_numbers(out, published)
+    return out
 
 
 def _take(array: Any, index: tuple[int, ...]) -> np.ndarray:

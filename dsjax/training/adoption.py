@@ -15,7 +15,7 @@ from dsjax.hub.directory import read_architecture
 from dsjax.training import workdir
 
 # Fields of `model` that are no property of the weights.
-OF_TRAINING = ("aux_loss_alpha", "mtp_hidden_state", "initializer_range")
+OF_TRAINING = ("aux_loss_alpha", "initializer_range")
 DEFAULT_TOKENIZER = "bytes"
 
 
@@ -35,11 +35,14 @@ def adopt(values: dict[str, Any], init_from: str, run: str | None = None) -> Non
     source = Path(init_from).expanduser()
     if run is not None and workdir.has_checkpoint(Path(run)):
         source = Path(run)
-    model, own = _published(source) if is_published(source) else _of_run(source)
+    from_run = not is_published(source)
+    model, own = _of_run(source) if from_run else _published(source)
     file, data = values.get("model") or {}, values.setdefault("data", {})
     if not isinstance(file, dict) or not isinstance(data, dict):
         return  # told when the sections are built
     kept = list(OF_TRAINING)
+    if not from_run and model.mtp_hidden_state == ModelConfig().mtp_hidden_state:
+        kept.append("mtp_hidden_state")  # published vocabulary has no field for it, so the file may say
     if model.rope_scaling is None and file.get("rope_scaling") is not None:
         kept += ["rope_scaling", "max_position_embeddings"]
     values["model"] = dataclasses.asdict(model) | {name: file[name] for name in kept if name in file}
