@@ -20,11 +20,11 @@ from dsjax import hub
 from dsjax.config import ConfigError, RopeScaling, load
 from dsjax.hub import names, reading, writing
 from dsjax.hub.architecture import Quantization, published_config
+from dsjax.hub.block_fp8 import Blocks
 from dsjax.hub.inspection import inspect
 from dsjax.hub.safetensors import Writer, open_tensors
 from dsjax.model.moe import Execution
 from dsjax.model.transformer import network
-from dsjax.numerics.fp8 import Blocks
 
 CASES = sorted((Path(__file__).parent / "parity").iterdir())
 MTP_CASE = Path(__file__).parent / "parity" / "v3_mtp"

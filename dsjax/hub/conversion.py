@@ -8,11 +8,11 @@ import numpy as np
 
 from dsjax.hub import names
 from dsjax.hub.architecture import Quantization, quantization_config, read_config
+from dsjax.hub.block_fp8 import E4M3
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.reading import Source, as_kind, check, check_copies, read_finite, read_scale
 from dsjax.hub.safetensors import open_tensors
 from dsjax.hub.writing import SHARD_BYTES, V3_BLOCKS, Format, Plan, check_options, write
-from dsjax.numerics.fp8 import E4M3
 
 
 def convert(

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from dsjax.config import ConfigError, ModelConfig
 from dsjax.hub import names
 from dsjax.hub.architecture import Published, read_config
+from dsjax.hub.block_fp8 import dequantize_blocks
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.names import SCALE
 from dsjax.hub.reading import Source, check_copies, problems, read_finite, read_scale
 from dsjax.hub.safetensors import open_tensors
-from dsjax.numerics.fp8 import dequantize_blocks
 
 LISTED = 10  # missing or surplus tensors named before the rest is only counted
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dsjax.config import ModelConfig
-from dsjax.numerics.fp8 import Blocks
+from dsjax.hub.block_fp8 import Blocks
 
 OUTSIDE = {
     "embed_tokens": "model.embed_tokens.weight",

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from dsjax.config import ConfigError, MeshConfig, ModelConfig
 from dsjax.hub import names
 from dsjax.hub.architecture import Published, Quantization, read_config
+from dsjax.hub.block_fp8 import E4M3, E4M3_MAX, LARGEST_WEIGHT, Blocks, dequantize_blocks, scale_shape
 from dsjax.hub.directory import without_missing_mtp
 from dsjax.hub.names import SCALE, Place
 from dsjax.hub.safetensors import Entry, Tensors, open_tensors
 from dsjax.model.moe import Execution
 from dsjax.model.transformer import network
-from dsjax.numerics.fp8 import E4M3, E4M3_MAX, LARGEST_WEIGHT, Blocks, dequantize_blocks, scale_shape
 from dsjax.numerics.linear import recipe
 from dsjax.sharding import make_mesh, replicated
 
@@ -57,7 +57,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = None, *, confi
       path: the directory.
       mesh: where the arrays go, sharded as in training; None: the first device.
       dtype: of the parameters: "float32" or "bfloat16"; None keeps what is stored and turns block FP8 into BF16.
-        "float8_e4m3fn" keeps block FP8, as `numerics.fp8.Blocks`, and everything else as stored. Routing biases are
+        "float8_e4m3fn" keeps block FP8, as `hub.block_fp8.Blocks`, and everything else as stored. Routing biases are
         FP32 always.
       config: an architecture to use instead of config.json's; it must fit the tensors. With
         num_nextn_predict_layers = 0, those of MTP are left out.

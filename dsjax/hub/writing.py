@@ -20,10 +20,10 @@ from tqdm import tqdm
 from dsjax.config import ConfigError
 from dsjax.hub import names
 from dsjax.hub.architecture import Quantization, published_config
+from dsjax.hub.block_fp8 import E4M3, Blocks, dequantize_blocks, quantize_blocks, scale_shape
 from dsjax.hub.names import SCALE, Place
 from dsjax.hub.reading import BFLOAT16, FLOAT32, Loaded, as_kind, copy_numbers, is_finite
 from dsjax.hub.safetensors import Writer
-from dsjax.numerics.fp8 import E4M3, Blocks, dequantize_blocks, quantize_blocks, scale_shape
 
 CONFIG = "config.json"
 # What belongs to a model beside its weights, and is carried along as it is.

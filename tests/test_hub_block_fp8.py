@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsjax.numerics.fp8 import E4M3, dequantize_blocks, quantize_blocks, scale_shape
+from dsjax.hub.block_fp8 import E4M3, dequantize_blocks, quantize_blocks, scale_shape
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FORMATS = ["float32", "ue8m0"]
