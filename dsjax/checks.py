@@ -24,7 +24,7 @@ POSITIVE = """
     optimizer.learning_rate optimizer.eps optimizer.clip_norm
     training.total_steps training.batch_size training.microbatch_size training.initial_batch_size
     training.loss_chunk_size checkpoint.every_steps checkpoint.keep_last
-    evaluation.every_steps evaluation.sequences monitor.expert_load_every_steps
+    evaluation.every_steps evaluation.sequences monitor.expert_load_every_steps monitor.quantisation_every_steps
     hardware.peak_flops_per_second
 """.split()
 
@@ -38,8 +38,11 @@ NOT_NEGATIVE = """
     hardware.price_per_chip_hour
 """.split()
 
+FP8_PRECISIONS = ("fp8_deepseek", "fp8_deepseek_ue8m0", "fp8_tensorwise", "fp8_gradient_blocks", "mxfp8")
+
 CHOICES = {
-    "precision": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", *FP8_PRECISIONS),
+    "fp8.accumulation": ("fp32", "fp22", "fp22_promote128"),
     "model.topk_method": ("noaux_tc", "greedy", "group_limited_greedy"),
     "model.scoring_func": ("sigmoid", "softmax"),
     "model.rope_scaling.type": ("yarn",),
@@ -62,6 +65,7 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _positions(config)
     yield from _mesh(config)
     yield from _batches(config.mesh, config.training)
+    yield from _fp8(config)
     yield from _optimizer(config.optimizer)
     yield from _phases(config.training)
 
@@ -235,6 +239,21 @@ def data_problems(data: "DataConfig") -> Iterator[str]:
         yield f"data.fim_rate is {data.fim_rate}, but is a share of documents, from 0 to 1"
     if not 0 <= data.validation_fraction < 1:
         yield f"data.validation_fraction is {data.validation_fraction}, but is a share of documents, below 1"
+
+
+def _fp8(config: "Config") -> Iterator[str]:
+    if config.precision not in FP8_PRECISIONS:
+        for path, off in (("fp8.accumulation", "fp32"), ("monitor.quantisation_every_steps", None)):
+            if _value(config, path) != off:
+                yield (
+                    f'{path} is {_value(config, path)}, but precision "{config.precision}" has no FP8; choose one of '
+                    f"{', '.join(FP8_PRECISIONS)}, or set it to {off}"
+                )
+    elif config.fp8.accumulation != "fp32" and config.precision in ("fp8_tensorwise", "mxfp8"):
+        yield (
+            f'fp8.accumulation "{config.fp8.accumulation}" needs tiles of 128, but precision "{config.precision}" has '
+            'others; choose fp8_deepseek, or set it to "fp32"'
+        )
 
 
 def _optimizer(optimizer: "OptimizerConfig") -> Iterator[str]:

@@ -193,7 +193,18 @@ class MonitorConfig:
 
     tensorboard: bool = False  # needs the extra `tensorboard`
     expert_load_every_steps: int | None = 10  # rows of expert_load.jsonl; None: none
+    # Error, overflow and underflow of FP8 operands, by one more pass over a microbatch; None: not measured.
+    quantisation_every_steps: int | None = None
     compile_cache: str | None = "~/.cache/dsjax/xla"  # XLA's persistent compile cache; None: off
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    """What a precision fp8_* or mxfp8 leaves open."""
+
+    # Of the products: "fp32"; or the tensor core's narrow accumulator, emulated and slow: "fp22_promote128" (moved to
+    # FP32 every 128, as DeepSeek does), "fp22" (never).
+    accumulation: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    precision: str = "bf16"  # "fp32" or "bf16": the dtype of matmuls; master weights are FP32 either way
+    fp8: FP8Config = field(default_factory=FP8Config)
+    # How matmuls multiply: "fp32", "bf16", or an FP8 recipe of numerics/recipe.py: "fp8_deepseek" (V3),
+    # "fp8_deepseek_ue8m0" (V3.1), "fp8_tensorwise", "fp8_gradient_blocks", "mxfp8". Master weights are always FP32.
+    precision: str = "bf16"
     # Weights to begin with: a published checkpoint's directory or a run's; None: random ones. See training/adoption.py.
     init_from: str | None = None
 

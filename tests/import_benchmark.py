@@ -48,7 +48,7 @@ def write_synthetic(directory: Path, model: ModelConfig) -> int:
     from dsjax.hub import names
     from dsjax.model.moe import Execution
     from dsjax.model.transformer import network
-    from dsjax.numerics.linear import recipe
+    from dsjax.numerics.recipe import recipe
     from dsjax.sharding import make_mesh
 
     net = network(model, Execution(make_mesh(MeshConfig(), jax.devices()[:1]), recipe("fp32")))

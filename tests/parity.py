@@ -41,7 +41,7 @@ from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import Execution
 from dsjax.model.routing import route
 from dsjax.model.transformer import Network, network
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.sections import ConfigError, build
 from dsjax.sharding import BATCH, make_mesh
 from dsjax.training.machine import use_compile_cache

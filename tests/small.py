@@ -8,7 +8,7 @@ import numpy as np
 
 from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dsjax.model.moe import Execution
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.sharding import make_mesh
 from dsjax.training.state import build_network
 from dsjax.training.step import language_model_loss

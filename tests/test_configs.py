@@ -1,6 +1,7 @@
 """The shipped configurations are valid, are what their docstrings say, and follow the published recipes."""
 
 import ast
+import dataclasses
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from dsjax.config import ConfigError, load
 from dsjax.planning.counts import parameters
 from dsjax.training.schedule import Schedule
 
-NAMES = ["tiny", "bench", "moonlight_16b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3"]
+NAMES = ["tiny", "bench", "fp8_experiment", "moonlight_16b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3"]
 BILLION = 10**9
 
 
@@ -240,3 +241,14 @@ def test_rates_follow_the_published_steps(shipped, name, phases):
 def test_moonlight_batch_doubles_at_once(shipped):
     plan = schedule(shipped("moonlight_16b.py"))
     assert [plan.batch_size(billions * BILLION // 8192 + 1) for billions in (0, 199, 200)] == [2048, 2048, 4096]
+
+
+def test_forms_of_the_fp8_experiment_differ_in_precision_only(shipped):
+    forms = {name: shipped(f"fp8_experiment.py:{name}") for name in ("fp8_deepseek", "fp8_tensorwise", "mxfp8")}
+    plain = shipped("fp8_experiment.py")
+    assert plain.precision == "bf16"
+    for name, form in forms.items():
+        assert form.precision == name and form.monitor.quantisation_every_steps
+        assert dataclasses.replace(form, precision="bf16", monitor=plain.monitor) == plain
+    with pytest.raises(ConfigError, match="fp8_deepseek"):
+        shipped("fp8_experiment.py:fp8_deapseek")

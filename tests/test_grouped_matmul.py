@@ -9,8 +9,9 @@ import pytest
 from small import FP32, assert_trees_close
 
 from dsjax.numerics import grouped_matmul as forms
-from dsjax.numerics.grouped_matmul import ROW_BLOCK, grouped_matmul, row_block
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.grouped_matmul import ROW_BLOCK, Groups, row_block
+from dsjax.numerics.linear import linear
+from dsjax.numerics.recipe import recipe
 
 BLOCK, ROWS, GROUPS, D, F = 8, 64, 4, 12, 20
 SIZES = {
@@ -42,15 +43,15 @@ def by_loop(x, w, dy, sizes):
 
 @jax.jit
 def platform_form(x, w, dy, sizes):
-    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, BLOCK, FP32), x, w)
+    y, pull = jax.vjp(lambda x, w: linear(x, w, FP32, Groups(sizes, BLOCK)), x, w)
     return y, *pull(dy)
 
 
 @jax.jit
 def ragged_form(x, w, dy, sizes):
-    times = partial(forms._ragged_times_weights, recipe=FP32)
+    times = partial(forms._ragged_times_weights, precision=FP32.precision, dtype=jnp.float32)
     y, dx = times(x, w, sizes, transposed=False), times(dy, w, sizes, transposed=True)
-    return y, dx, forms._ragged_weight_gradient(x, dy, sizes, recipe=FP32)
+    return y, dx, forms._ragged_weight_gradient(x, dy, sizes, precision=FP32.precision)
 
 
 @pytest.mark.parametrize("form", [platform_form, ragged_form], ids=["cpu", "ragged"])
@@ -72,7 +73,7 @@ def test_bf16_gives_bf16_rows_and_fp32_weight_gradients():
     x, w, dy = operands()
     how, sizes = recipe("bf16"), jnp.array([16, 16, 16, 16], jnp.int32)
     half = jnp.asarray(x, jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, BLOCK, how), half, jnp.asarray(w))
+    y, pull = jax.vjp(lambda x, w: linear(x, w, how, Groups(sizes, BLOCK)), half, jnp.asarray(w))
     dx, dw = pull(jnp.asarray(dy, jnp.bfloat16))
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]

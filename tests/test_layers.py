@@ -21,7 +21,7 @@ from dsjax.model.layers import (
     rotate,
     softmax_scale,
 )
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 
 V3 = ModelConfig(qk_nope_head_dim=128, qk_rope_head_dim=64, rope_scaling=RopeScaling())
 

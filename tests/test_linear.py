@@ -7,7 +7,8 @@ import pytest
 from small import FP32, assert_trees_close
 
 from dsjax.config import ConfigError
-from dsjax.numerics.linear import linear, recipe
+from dsjax.numerics.linear import linear
+from dsjax.numerics.recipe import recipe
 
 BF16 = recipe("bf16")
 
@@ -50,5 +51,5 @@ def test_operands_are_multiplied_in_the_compute_dtype():
 
 
 def test_unknown_precision_names_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown precision 'fp16'; known are fp32, bf16"):
+    with pytest.raises(ConfigError, match="unknown precision 'fp16'; known are fp32, bf16, fp8_deepseek"):
         recipe("fp16")

@@ -9,7 +9,7 @@ from jax import lax
 from small import assert_trees_close
 
 from dsjax.model.losses import cross_entropy
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 
 B, T, D, V = 8, 7, 16, 30
 

@@ -13,7 +13,7 @@ from small import assert_trees_close
 
 from dsjax.model import dispatch as travel
 from dsjax.model.moe import Execution, ExpertWeights, routed_experts
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 
 # Sequences of odd length. With three experts a token and at most eight ranks both branches of the buffer are taken.
 CONFIG = dataclasses.replace(small.MODEL, num_experts_per_tok=3, n_group=1, topk_group=1)

@@ -12,7 +12,7 @@ from dsjax import sharding
 from dsjax.config import ConfigError, MeshConfig, OptimizerConfig, load
 from dsjax.model.moe import EXPERT_SPECS, Execution
 from dsjax.model.transformer import network
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.training import optimizer
 
 PODS = {"deepseek_v3": (1, 8, 64), "deepseek_v2": (1, 32, 8), "moonlight_16b": (2, 4, 8), "deepseek_v2_lite": (1, 8, 8)}

@@ -28,7 +28,7 @@ from dsjax.hub.names import SCALE, Place
 from dsjax.hub.safetensors import Entry, Tensors, open_tensors
 from dsjax.model.moe import Execution
 from dsjax.model.transformer import network
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.sharding import make_mesh, replicated
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)

@@ -10,7 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
 from dsjax.model.layers import Linear, RMSNorm, rotate, softmax_scale
-from dsjax.numerics.linear import Recipe
+from dsjax.numerics import e5m6
+from dsjax.numerics.recipe import Recipe
 
 # The compressed latents are always normalised with 1e-6, whatever rms_norm_eps says (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
@@ -37,8 +38,9 @@ class MLA(nnx.Module):
         self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(kv_b, ("latent", "heads"), std, recipe, rngs)
         out = (heads * config.v_head_dim, hidden)
-        self.o_proj = Linear(out, ("heads", "embed"), std, recipe, rngs, bias=bias)
-        self.config = config
+        # Its input is kept in E5M6, and tiled for Wgrad from that [V3 §3.3.3].
+        self.o_proj = Linear(out, ("heads", "embed"), std, recipe.input_as_is, rngs, bias=bias)
+        self.config, self.keeps_e5m6 = config, recipe.is_fp8
 
     def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D], causal over the T positions."""
@@ -58,7 +60,7 @@ class MLA(nnx.Module):
         k_BTNH = jnp.concatenate([kv_BTNH[..., :nope], k_rope_BTNH], axis=-1)
         v_BTNH = kv_BTNH[..., nope:]
 
-        out_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, softmax_scale(config))
+        out_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, softmax_scale(config), self.keeps_e5m6)
         return self.o_proj(out_BTNH.reshape(batch, length, -1))
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
@@ -67,14 +69,19 @@ class MLA(nnx.Module):
         return self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x_BTD), "mla_latent")))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, scale: float) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def causal_attention(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, scale: float, keeps_e5m6: bool = False
+) -> jax.Array:
     """softmax(q k^T * scale) v with a causal mask; softmax in FP32; sizes of q/k heads and v heads may differ.
 
     Works through blocks of queries, each against the keys it may see, and recomputes the probabilities in
     the backward pass: no array is larger than one block's scores, and none of them is kept.
+
+    With `keeps_e5m6`, the result is rounded to what is kept of it for the backward pass, twelve bits a value: so what
+    follows from it is computed again without attention.
     """
-    return _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale)[0]
+    return _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale, keeps_e5m6)[0]
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
@@ -96,7 +103,7 @@ def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, start: int, scale: float) -> j
     return jnp.where(visible_TS[None, None], scores, -jnp.inf)
 
 
-def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float):
+def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float, keeps_e5m6: bool):
     outs, logsums = [], []
     for start, end in _query_blocks(q_BTNH.shape[1]):
         scores_BNTS = _scores(q_BTNH[:, start:end], k_BTNH[:, :end], start, scale)
@@ -106,12 +113,22 @@ def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float):
         out = _product("bnts,bsnh->btnh", (weights_BNTS / total_BNT1).astype(v_BTNH.dtype), v_BTNH[:, :end])
         outs.append(out.astype(v_BTNH.dtype))
         logsums.append(top_BNT1 + jnp.log(total_BNT1))
-    out_BTNH = checkpoint_name(jnp.concatenate(outs, axis=1), "attention")
+    out_BTNH = _keep(jnp.concatenate(outs, axis=1), keeps_e5m6)
     logsum_BNT1 = checkpoint_name(jnp.concatenate(logsums, axis=2), "attention")
     return out_BTNH, (q_BTNH, k_BTNH, v_BTNH, out_BTNH, logsum_BNT1)
 
 
-def _attention_bwd(scale: float, kept, dout_BTNH):
+def _keep(out_BTNH: jax.Array, keeps_e5m6: bool) -> jax.Array:
+    """What the backward pass finds saved."""
+    if not keeps_e5m6:
+        return checkpoint_name(out_BTNH, "attention")
+    width = out_BTNH.shape[2] * out_BTNH.shape[3]
+    encoded = e5m6.encode(out_BTNH.reshape(*out_BTNH.shape[:2], width))
+    packed, exponent = (checkpoint_name(a, "attention") for a in encoded)
+    return e5m6.decode(packed, exponent, width, out_BTNH.dtype).reshape(out_BTNH.shape)
+
+
+def _attention_bwd(scale: float, keeps_e5m6: bool, kept, dout_BTNH):
     q_BTNH, k_BTNH, v_BTNH, out_BTNH, logsum_BNT1 = kept
     f32 = jnp.float32
     dq_blocks = []

@@ -2,7 +2,8 @@
 
 `lay_out` decides which buffer row holds which assignment (a token and one of its experts); `dispatch` fills the
 buffer and `combine` adds the rows back to their tokens. Both move by gathering, and each is the other's backward
-pass, so that no scatter-add appears anywhere.
+pass, so that no scatter-add appears anywhere. `gather_tokens` and `scatter_sums` do the same between expert ranks:
+under an FP8 recipe what goes to experts travels in E4M3, what comes back in BF16 [V3 §3.3.3].
 
 A buffer holds a fixed number of assignments. When a rank has more, `in_rounds` repeats the work with the next
 ones: no token is ever dropped, and memory stays that of one buffer. All of this runs per device, inside shard_map.
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.numerics import fp8
 from dsjax.numerics.grouped_matmul import row_block
+from dsjax.numerics.recipe import Recipe, Scaling
 
 
 class Buffer(NamedTuple):
@@ -147,6 +150,41 @@ dispatch_weights.defvjp(
     lambda weights_MK, layout: (dispatch_weights(weights_MK, layout), layout),
     lambda layout, d_C: (_rows_or_zero(d_C, layout.row_MK), None),
 )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_tokens(x_MD: jax.Array, recipe: Recipe) -> jax.Array:
+    """The tokens of all expert ranks, in the order of the ranks. Under an FP8 recipe as a product will take them."""
+    return _gather(x_MD, recipe.after_dispatch.activation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scatter_sums(y_MD: jax.Array, recipe: Recipe) -> jax.Array:
+    """The sum over expert ranks, of which each keeps its own tokens."""
+    return lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
+
+
+gather_tokens.defvjp(
+    lambda x_MD, recipe: (gather_tokens(x_MD, recipe), None),
+    lambda recipe, _, dx_MD: (scatter_sums(dx_MD, recipe),),
+)
+scatter_sums.defvjp(
+    lambda y_MD, recipe: (scatter_sums(y_MD, recipe), None),
+    lambda recipe, _, dy_MD: (_gather(dy_MD, recipe.before_combine.gradient),),
+)
+
+
+def _gather(x_MD: jax.Array, scaling: Scaling | None) -> jax.Array:
+    whole = partial(lax.all_gather, axis_name="expert", axis=0, tiled=True)
+    if scaling is None or scaling.free != 1:  # tiles that need more than one token would be others after the journey
+        return whole(x_MD)
+    tiles = (1, scaling.contracted)
+    q_MD, scale = fp8.quantize(x_MD, tiles, scaling.scale_format)
+    # As bytes, which every backend's collectives take.
+    bytes_MD = whole(lax.bitcast_convert_type(q_MD, jnp.uint8))
+    values = lax.bitcast_convert_type(bytes_MD, fp8.E4M3).astype(jnp.float32)
+    return fp8.apply_scales(values, fp8.from_exponents(whole(fp8.exponents(scale))), tiles).astype(x_MD.dtype)
+
 
 Round = Callable[[Any, Any, jax.Array], jax.Array]  # (differentiable, integers, round_index) -> y
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from dsjax.config import ModelConfig, RopeScaling
-from dsjax.numerics.linear import Recipe, linear
+from dsjax.numerics.linear import linear, swiglu_linear
+from dsjax.numerics.recipe import Recipe
 from dsjax.sharding import BATCH, gather
 
 
@@ -67,9 +67,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear((width, hidden), ("mlp", "embed"), stddev, recipe, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = checkpoint_name(self.gate_proj(x_BTD), "gate_up")
-        up_BTF = checkpoint_name(self.up_proj(x_BTD), "gate_up")
-        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+        down = self.down_proj
+        return swiglu_linear(self.gate_proj(x_BTD), self.up_proj(x_BTD), down.weight[...], down.recipe)
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, mesh: Mesh, recipe: Recipe) -> jax.Array:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from dsjax.numerics.linear import Recipe, product
+from dsjax.numerics.linear import product
+from dsjax.numerics.recipe import Recipe
 from dsjax.sharding import BATCH, gather
 
 

@@ -14,8 +14,9 @@ from dsjax.config import DispatchConfig, ModelConfig
 from dsjax.model import dispatch as travel
 from dsjax.model.layers import SwiGLU, weight
 from dsjax.model.routing import Choice, route, sequence_balance_loss
-from dsjax.numerics.grouped_matmul import grouped_matmul
-from dsjax.numerics.linear import Recipe
+from dsjax.numerics.grouped_matmul import Groups
+from dsjax.numerics.linear import linear, swiglu_linear
+from dsjax.numerics.recipe import Recipe
 from dsjax.sharding import BATCH, gather
 
 
@@ -163,10 +164,11 @@ def _exchange(
     # all_gather: every rank of the expert axis sees all their tokens, computes its own experts, and the sums
     # return by reduce-scatter. Cheaper than sending each token to its ranks while there are fewer ranks than K.
     ranks = execution.mesh.shape["expert"]
-    x_MD, experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (x_MD, experts_MK, weights_MK))
+    x_MD = travel.gather_tokens(x_MD, recipe)
+    experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (experts_MK, weights_MK))
     rank = lax.axis_index("expert")
     y_MD, dropped, rounds = _own_experts(x_MD, experts_MK, weights_MK, weights, ranks, rank, recipe, capacity)
-    return lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True), dropped, rounds
+    return travel.scatter_sums(y_MD, recipe), dropped, rounds
 
 
 def _own_experts(
@@ -216,8 +218,7 @@ def _feed_forward(
     The weight is applied before the down projection, so that the backward pass needs neither its output nor
     the combine again.
     """
-    gate_CF = grouped_matmul(rows_CD, weights.gate_EDF, sizes_E, buffer.block, recipe)
-    up_CF = grouped_matmul(rows_CD, weights.up_EDF, sizes_E, buffer.block, recipe)
-    gate_CF, up_CF = checkpoint_name(gate_CF, "gate_up"), checkpoint_name(up_CF, "gate_up")
-    hidden_CF = jax.nn.silu(gate_CF) * up_CF * weights_C[:, None].astype(recipe.dtype)
-    return grouped_matmul(hidden_CF, weights.down_EFD, sizes_E, buffer.block, recipe)
+    groups = Groups(sizes_E, buffer.block)
+    gate_CF = linear(rows_CD, weights.gate_EDF, recipe.after_dispatch, groups)
+    up_CF = linear(rows_CD, weights.up_EDF, recipe.after_dispatch, groups)
+    return swiglu_linear(gate_CF, up_CF, weights.down_EFD, recipe.before_combine, groups, weights_C)

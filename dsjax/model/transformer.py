@@ -45,12 +45,13 @@ class Block(nnx.Module):
             self.mlp = MoE(config, execution, rngs)
         else:
             self.mlp = SwiGLU(hidden, config.intermediate_size, config.initializer_range, recipe, rngs)
-        self.mesh = execution.mesh
+        self.mesh, self.low_precision = execution.mesh, recipe.is_fp8
 
     def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
         with jax.named_scope("attention"):
             x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_2TP)
-        x_BTD = checkpoint_name(x_BTD, "residual")
+        if not self.low_precision:
+            x_BTD = checkpoint_name(x_BTD, "residual")
         h_BTD, stats = self.post_attention_layernorm(x_BTD), None
         with jax.named_scope("feed_forward"):
             if isinstance(self.mlp, MoE):
@@ -90,7 +91,7 @@ class MTP(nnx.Module):
         self.enorm = RMSNorm(hidden, config.rms_norm_eps)
         self.hnorm = RMSNorm(hidden, config.rms_norm_eps)
         # The embedding's half comes first, as in the released weights (eq. 21 prints the reverse).
-        self.eh_proj = Linear((2 * hidden, hidden), ("concat", "embed"), std, execution.recipe, rngs)
+        self.eh_proj = Linear((2 * hidden, hidden), ("concat", "embed"), std, execution.recipe.high, rngs)
         self.block = Block(config, execution, rngs, routed=True)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.remat = execution.remat

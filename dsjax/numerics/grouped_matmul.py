@@ -1,20 +1,31 @@
-"""Rows sorted by expert times one weight matrix per expert.
+"""Rows sorted by expert times one weight matrix per expert, and the gradient of those weights.
 
-The rows of expert e are consecutive, its group begins at a multiple of `ROW_BLOCK` (the dispatcher lays them
-out so), and rows between a group's last and the next group's first are zero. Two forms, chosen by the platform
-compiled for: on CPU, blocks of rows each times its own expert's matrix, because XLA:CPU runs `ragged_dot` as E
-dense products; elsewhere `ragged_dot`.
+The rows of expert e are consecutive, its group begins at a multiple of the block (the dispatcher lays them out so),
+and rows between a group's last and the next group's first are zero. Two forms, chosen by the platform compiled for: on
+CPU, blocks of rows each times its own expert's matrix, because XLA:CPU runs `ragged_dot` as E dense products; elsewhere
+`ragged_dot`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from dsjax.numerics.linear import Recipe
+from jax.typing import DTypeLike
 
 ROW_BLOCK = 128  # tile edge of TPU and GPU kernels and of FP8 scales; on CPU large enough to run near dense speed
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Groups:
+    """Where the rows of each expert are."""
+
+    sizes_E: jax.Array  # int32 rows of each group, each a multiple of `block`; rows past their sum belong to none
+    block: int = field(metadata={"static": True})
 
 
 def row_block(rows: int, groups: int) -> int:
@@ -25,92 +36,97 @@ def row_block(rows: int, groups: int) -> int:
     return block
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_matmul(x_CD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, block: int, recipe: Recipe) -> jax.Array:
-    """y [C, F]: the rows of group e times w[e].
+def rows_times_weights(
+    x: jax.Array, w_EDF: jax.Array, groups: Groups, precision: lax.Precision, dtype: DTypeLike, *, transposed: bool
+) -> jax.Array:
+    """y [C, F]: the rows of group e times w[e]; with `transposed` [C, D] from rows [C, F]. Sums are FP32.
 
-    Args:
-      x_CD: rows, sorted by group; C is a multiple of `block`.
-      w_EDF: FP32 master weights.
-      sizes_E: int32 rows in each group, each a multiple of `block`; rows past their sum come out zero.
-      block: alignment of the groups.
-      recipe: how to multiply.
+    Rows past the groups come out zero.
     """
-    return _rows_times_weights(x_CD, w_EDF, sizes_E, block, recipe, transposed=False)
-
-
-def _grouped_fwd(x_CD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, block: int, recipe: Recipe):
-    return grouped_matmul(x_CD, w_EDF, sizes_E, block, recipe), (x_CD, w_EDF, sizes_E)
-
-
-def _grouped_bwd(block: int, recipe: Recipe, kept, dy_CF: jax.Array):
-    x_CD, w_EDF, sizes_E = kept
-    dx_CD = _rows_times_weights(dy_CF, w_EDF, sizes_E, block, recipe, transposed=True).astype(x_CD.dtype)
-    return dx_CD, _weight_gradient(x_CD, dy_CF, sizes_E, block, recipe), None
-
-
-grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)
-
-
-def _rows_times_weights(x, w_EDF, sizes_E, block: int, recipe: Recipe, *, transposed: bool) -> jax.Array:
     forms = {
-        "cpu": partial(_blocks_times_weights, block=block, recipe=recipe, transposed=transposed),
-        "default": partial(_ragged_times_weights, recipe=recipe, transposed=transposed),
+        "cpu": partial(_blocks_times_weights, block=groups.block, dtype=dtype, transposed=transposed),
+        "default": partial(_ragged_times_weights, precision=precision, dtype=dtype, transposed=transposed),
     }
-    return lax.platform_dependent(x.astype(recipe.dtype), w_EDF.astype(recipe.dtype), sizes_E, **forms)
+    return lax.platform_dependent(x, w_EDF, groups.sizes_E, **forms)
 
 
-def _weight_gradient(x_CD, dy_CF, sizes_E, block: int, recipe: Recipe) -> jax.Array:
+def weight_gradient(x_CD: jax.Array, dy_CF: jax.Array, groups: Groups, precision: lax.Precision) -> jax.Array:
+    """dw [E, D, F] in FP32: for each group, the contraction over its rows."""
     forms = {
-        "cpu": partial(_blocks_weight_gradient, block=block, recipe=recipe),
-        "default": partial(_ragged_weight_gradient, recipe=recipe),
+        "cpu": partial(_blocks_weight_gradient, block=groups.block),
+        "default": partial(_ragged_weight_gradient, precision=precision),
     }
-    return lax.platform_dependent(x_CD.astype(recipe.dtype), dy_CF.astype(recipe.dtype), sizes_E, **forms)
+    return lax.platform_dependent(x_CD, dy_CF, groups.sizes_E, **forms)
 
 
-def _ragged_times_weights(x, w_EDF, sizes_E, *, recipe: Recipe, transposed: bool) -> jax.Array:
+def block_owners(groups: Groups, blocks: int) -> tuple[jax.Array, jax.Array]:
+    """For each block of rows the expert it belongs to, and how many blocks are in use."""
+    ends_E = jnp.cumsum(groups.sizes_E) // groups.block
+    owners = jnp.searchsorted(ends_E, jnp.arange(blocks, dtype=ends_E.dtype), side="right")
+    return jnp.minimum(owners, groups.sizes_E.size - 1), ends_E[-1]
+
+
+def _ragged_times_weights(x, w_EDF, sizes_E, *, precision, dtype: DTypeLike, transposed: bool) -> jax.Array:
     w = w_EDF.swapaxes(1, 2) if transposed else w_EDF
-    out = lax.ragged_dot(x, w, sizes_E, precision=recipe.precision, preferred_element_type=jnp.float32)
-    return out.astype(recipe.dtype)
+    return lax.ragged_dot(x, w, sizes_E, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _ragged_weight_gradient(x_CD, dy_CF, sizes_E, *, recipe: Recipe) -> jax.Array:
+def _ragged_weight_gradient(x_CD, dy_CF, sizes_E, *, precision) -> jax.Array:
     rows_contracted = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     return lax.ragged_dot_general(
-        x_CD, dy_CF, sizes_E, rows_contracted, precision=recipe.precision, preferred_element_type=jnp.float32
+        x_CD, dy_CF, sizes_E, rows_contracted, precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _block_owners(sizes_E: jax.Array, block: int, blocks: int) -> tuple[jax.Array, jax.Array]:
-    """For each block of rows the expert it belongs to, and how many blocks are in use."""
-    ends_E = jnp.cumsum(sizes_E) // block
-    owners = jnp.searchsorted(ends_E, jnp.arange(blocks, dtype=ends_E.dtype), side="right")
-    return jnp.minimum(owners, sizes_E.size - 1), ends_E[-1]
-
-
-def _blocks_times_weights(x, w_EDF, sizes_E, *, block: int, recipe: Recipe, transposed: bool) -> jax.Array:
-    owners, used = _block_owners(sizes_E, block, x.shape[0] // block)
+def _blocks_times_weights(x, w_EDF, sizes_E, *, block: int, dtype: DTypeLike, transposed: bool) -> jax.Array:
     spec, width = ("cf,df->cd", w_EDF.shape[1]) if transposed else ("cd,df->cf", w_EDF.shape[2])
+    multiply = partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    return each_block_times_weights(multiply, x, w_EDF, Groups(sizes_E, block), width, dtype)
+
+
+def _blocks_weight_gradient(x_CD, dy_CF, sizes_E, *, block: int) -> jax.Array:
+    multiply = partial(jnp.einsum, "cd,cf->df", preferred_element_type=jnp.float32)
+    return each_block_weight_gradient(multiply, x_CD, dy_CF, Groups(sizes_E, block), (x_CD.shape[1], dy_CF.shape[1]))
+
+
+def each_block_times_weights(
+    multiply: Callable[..., jax.Array], x: Any, w: Any, groups: Groups, width: int, dtype: DTypeLike
+) -> jax.Array:
+    """[C, width]: `multiply(a block of x's rows, w of its expert)`, over the blocks in use.
+
+    x and w may be trees of arrays with leading dimensions C and E (a block's share of C is taken from each).
+    """
+    rows = jax.tree.leaves(x)[0].shape[0]
+    owners, used = block_owners(groups, rows // groups.block)
 
     def one_block(i, out):
-        rows = lax.dynamic_slice_in_dim(x, i * block, block)
-        y = jnp.einsum(spec, rows, w_EDF[owners[i]], preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(out, y.astype(recipe.dtype), i * block, 0)
+        y = multiply(_block_of(x, i, rows // groups.block), jax.tree.map(lambda a: a[owners[i]], w))
+        return lax.dynamic_update_slice_in_dim(out, y.astype(dtype), i * groups.block, 0)
 
-    return lax.fori_loop(0, used, one_block, jnp.zeros((x.shape[0], width), recipe.dtype))
+    return lax.fori_loop(0, used, one_block, jnp.zeros((rows, width), dtype))
 
 
-def _blocks_weight_gradient(x_CD, dy_CF, sizes_E, *, block: int, recipe: Recipe) -> jax.Array:
-    del recipe  # operands arrive in the compute dtype; sums are FP32
-    owners, used = _block_owners(sizes_E, block, x_CD.shape[0] // block)
+def each_block_weight_gradient(
+    multiply: Callable[..., jax.Array], x: Any, dy: Any, groups: Groups, shape: tuple[int, int]
+) -> jax.Array:
+    """[E, *shape] FP32: for each expert the sum of `multiply(a block of x, that of dy)` over its blocks."""
+    blocks = jax.tree.leaves(x)[0].shape[0] // groups.block
+    owners, used = block_owners(groups, blocks)
 
-    def one_block(i, dw_EDF):
-        x = lax.dynamic_slice_in_dim(x_CD, i * block, block)
-        dy = lax.dynamic_slice_in_dim(dy_CF, i * block, block)
-        dw = dw_EDF[owners[i]] + jnp.einsum("cd,cf->df", x, dy, preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(dw_EDF, dw[None], owners[i], 0)
+    def one_block(i, dw):
+        more = dw[owners[i]] + multiply(_block_of(x, i, blocks), _block_of(dy, i, blocks))
+        return lax.dynamic_update_slice_in_dim(dw, more[None], owners[i], 0)
 
-    shape = (sizes_E.size, x_CD.shape[1], dy_CF.shape[1])
-    return lax.fori_loop(0, used, one_block, jnp.zeros(shape, jnp.float32))
+    return lax.fori_loop(0, used, one_block, jnp.zeros((groups.sizes_E.size, *shape), jnp.float32))
+
+
+def _block_of(tree: Any, index: jax.Array, blocks: int) -> Any:
+    """The index-th of `blocks` equal parts of every array, along its first dimension."""
+
+    def part(a: jax.Array) -> jax.Array:
+        size = a.shape[0] // blocks
+        return lax.dynamic_slice_in_dim(a, index * size, size)
+
+    return jax.tree.map(part, tree)

@@ -1,69 +1,168 @@
-"""The product every Linear is made of, with its own backward pass."""
+"""The product that every Linear and every expert is made of, with its own backward pass.
 
-from dataclasses import dataclass
+Under an FP8 recipe it is the report's Figure 6: Fprop multiplies x in 1x128 tiles with w in 128x128 blocks; Dgrad dy in
+1x128 tiles with the same w; Wgrad x and dy in tiles along the tokens, where x is what Fprop multiplied, kept in E4M3.
+"""
+
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from dsjax.config import ConfigError
+from dsjax.numerics import fp8
+from dsjax.numerics.contraction import Operand, Scaled, quantized, quantized_weight, rows_times, weight_gradient
+from dsjax.numerics.grouped_matmul import Groups
+from dsjax.numerics.recipe import Recipe, Scaling
 
+TOKENS, WIDTH = -2, -1  # dimensions of activations and gradients
 
-@dataclass(frozen=True)
-class Recipe:
-    """How numbers are held and multiplied; `config.precision` names one."""
-
-    name: str
-    compute_dtype: str  # of activations and of the operands of matmuls; sums are FP32 always
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.compute_dtype)
-
-    @property
-    def precision(self) -> lax.Precision:
-        """FP32 means FP32: without this, TPUs and GPUs would multiply in BF16 or TF32."""
-        return lax.Precision.HIGHEST if self.compute_dtype == "float32" else lax.Precision.DEFAULT
-
-
-RECIPES = {name: Recipe(name, dtype) for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))}
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises ConfigError for an unknown one."""
-    if name not in RECIPES:
-        raise ConfigError(f"unknown precision {name!r}; known are {', '.join(RECIPES)}")
-    return RECIPES[name]
+# Under a recipe that `measures`, the first numbers of a weight's gradient are, for each of these operands, the sums
+# over its numbers of: 1, x not 0, x**2, error**2, x out of range, x not 0 but rounded to 0. The rest is 0.
+CLASSES = ("activation", "weight", "gradient", "activation (Wgrad)", "gradient (Wgrad)")
+STATISTICS = 6
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: DTypeLike) -> jax.Array:
-    """einsum of two operands cast to the compute dtype, summed in FP32, returned in `out_dtype`."""
+    """einsum of two operands cast to the compute dtype, never quantised; summed in FP32, returned in `out_dtype`."""
     a, b = a.astype(recipe.dtype), b.astype(recipe.dtype)
-    out = jnp.einsum(spec, a, b, precision=recipe.precision, preferred_element_type=jnp.float32)
+    out = jnp.einsum(spec, a, b, precision=recipe.high.precision, preferred_element_type=jnp.float32)
     return out.astype(out_dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
-    """x [..., D] times the FP32 master weight w [D, F]; the result has the compute dtype.
+def linear(x: jax.Array, w: jax.Array, recipe: Recipe, groups: Groups | None = None) -> jax.Array:
+    """x [..., tokens, D] times the FP32 master weight w [D, F], in the compute dtype.
 
-    The weight's gradient is FP32, straight from the FP32 sums.
+    With `groups`, rows x [C, D] sorted by expert, each times its expert's matrix of w [E, D, F]; rows past the groups
+    come out zero. The weight's gradient is FP32, straight from the FP32 sums.
     """
-    return product("...d,df->...f", x, w, recipe, recipe.dtype)
+    return _linear(x.astype(recipe.dtype), w, groups, recipe)
 
 
-def _linear_fwd(x: jax.Array, w: jax.Array, recipe: Recipe) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x, w, recipe), (x, w)
+def swiglu_linear(
+    gate: jax.Array,
+    up: jax.Array,
+    w: jax.Array,
+    recipe: Recipe,
+    groups: Groups | None = None,
+    row_weights: jax.Array | None = None,
+) -> jax.Array:
+    """`linear` of silu(gate) * up, times row_weights [rows] where given.
+
+    Only `gate` and `up` are kept for the backward pass, named "gate_up", in E4M3 under an FP8 recipe; their product is
+    computed again [V3 §3.3.3].
+    """
+    return _swiglu_linear(gate.astype(recipe.dtype), up.astype(recipe.dtype), row_weights, w, groups, recipe)
 
 
-def _linear_bwd(recipe: Recipe, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
-    dx = product("...f,df->...d", dy, w, recipe, x.dtype)
-    # Autodiff would write this one as a transposed product, four times slower on XLA:CPU.
-    x_MD, dy_MF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return dx, product("md,mf->df", x_MD, dy_MF, recipe, w.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+    return _forward(x, w, groups, recipe)
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+def _forward(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+    operand = quantized(x, recipe.activation, WIDTH, groups, recipe)
+    return rows_times(operand, quantized_weight(w, recipe.weight, -2, recipe), groups, recipe, transposed=False)
+
+
+def _backward(
+    x: jax.Array, dy: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
+    """(dx, dw), x being what was kept of the input."""
+    dy_rows = quantized(dy, recipe.gradient, WIDTH, groups, recipe)
+    dx = rows_times(dy_rows, quantized_weight(w, recipe.weight, -1, recipe), groups, recipe, transposed=True)
+    x_tokens = quantized(x, recipe.activation, TOKENS, groups, recipe)
+    dy_tokens = quantized(dy, recipe.gradient, TOKENS, groups, recipe)
+    return dx, weight_gradient(x_tokens, dy_tokens, groups, recipe).astype(w.dtype)
+
+
+def _measurements(x: jax.Array, dy: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+    """What CLASSES says, in the shape of w; x is the input of Fprop, not rounded."""
+    kept = _kept(_keep(x, recipe.cached), recipe.cached, jnp.float32)
+    operands = (
+        (x, quantized(x, recipe.activation, WIDTH, groups, recipe)),
+        (w, quantized_weight(w, recipe.weight, -2, recipe)),
+        (dy, quantized(dy, recipe.gradient, WIDTH, groups, recipe)),
+        (x, quantized(kept, recipe.activation, TOKENS, groups, recipe)),
+        (dy, quantized(dy, recipe.gradient, TOKENS, groups, recipe)),
+    )
+    sums = jnp.concatenate([_statistics(exact, operand) for exact, operand in operands])
+    return jnp.pad(sums, (0, w.size - sums.size)).reshape(w.shape)
+
+
+def _statistics(exact: jax.Array, rounded: Operand) -> jax.Array:
+    assert not isinstance(rounded, Scaled)
+    x, y = exact.astype(jnp.float32), rounded.astype(jnp.float32)
+    lost = (x != 0) & (y == 0)
+    kinds = (jnp.ones_like(x), x != 0, x * x, (x - y) ** 2, ~jnp.isfinite(y), lost)
+    return jnp.stack([jnp.sum(kind, dtype=jnp.float32) for kind in kinds])
+
+
+def _linear_fwd(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe):
+    kept = x if recipe.measures else _keep(x, recipe.cached)
+    return _forward(x, w, groups, recipe), (kept, w, groups)
+
+
+def _linear_bwd(recipe: Recipe, kept, dy: jax.Array):
+    x, w, groups = kept
+    if recipe.measures:
+        return _backward(x, dy, w, groups, recipe)[0], _measurements(x, dy, w, groups, recipe), None
+    # Not rounded to the compute dtype in between.
+    return *_backward(_kept(x, recipe.cached, jnp.float32), dy, w, groups, recipe), None
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _swiglu_linear(gate, up, row_weights, w, groups: Groups | None, recipe: Recipe) -> jax.Array:
+    return _forward(_swiglu(gate, up, row_weights), w, groups, recipe)
+
+
+def _swiglu(gate: jax.Array, up: jax.Array, row_weights: jax.Array | None) -> jax.Array:
+    hidden = jax.nn.silu(gate) * up
+    return hidden if row_weights is None else hidden * row_weights[:, None].astype(hidden.dtype)
+
+
+def _swiglu_linear_fwd(gate, up, row_weights, w, groups: Groups | None, recipe: Recipe):
+    kept = jax.tree.map(partial(checkpoint_name, name="gate_up"), [_keep(a, recipe.cached) for a in (gate, up)])
+    return _forward(_swiglu(gate, up, row_weights), w, groups, recipe), (kept, row_weights, w, groups)
+
+
+def _swiglu_linear_bwd(recipe: Recipe, kept, dy: jax.Array):
+    inputs, row_weights, w, groups = kept
+    gate, up = (_kept(a, recipe.cached, recipe.dtype) for a in inputs)
+    hidden, pull = jax.vjp(_swiglu, gate, up, row_weights)
+    dhidden, dw = _backward(hidden, dy, w, groups, recipe)
+    if recipe.measures:
+        dw = _measurements(hidden, dy, w, groups, dataclasses.replace(recipe, cached=None))
+    return *pull(dhidden), dw, None
+
+
+_swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
+
+
+def _keep(x: jax.Array, scaling: Scaling | None) -> Any:
+    """x for the backward pass: as it is, or in E4M3, scales that are powers of two as their exponents."""
+    if scaling is None:
+        return x
+    q, scale = fp8.quantize(x, _kept_tiles(x, scaling), scaling.scale_format)
+    return q, fp8.exponents(scale) if scaling.scale_format == "ue8m0" else scale
+
+
+def _kept(kept: Any, scaling: Scaling | None, dtype: DTypeLike) -> jax.Array:
+    if scaling is None:
+        return kept
+    q, scale = kept
+    if scaling.scale_format == "ue8m0":
+        scale = fp8.from_exponents(scale)
+    return fp8.apply_scales(q.astype(jnp.float32), scale, _kept_tiles(q, scaling)).astype(dtype)
+
+
+def _kept_tiles(x: jax.Array, scaling: Scaling) -> list[int | None]:
+    if scaling.free is None:
+        return [None] * x.ndim
+    return [1] * (x.ndim - 1) + [scaling.contracted]

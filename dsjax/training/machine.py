@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.config import HardwareConfig
-from dsjax.numerics.linear import Recipe, recipe
+from dsjax.numerics.recipe import Recipe, recipe
 from dsjax.planning import hardware
 
 MATMUL_SIZE = 2048
@@ -30,9 +30,9 @@ class Machine:
 def machine(config: HardwareConfig, precision: str) -> Machine:
     """What runs here, what it can do and costs: from `config`, else from the hardware table by device.
 
-    MFU on accelerators is against the BF16 peak, and unknown for FP32, of which data sheets tell no matmul rate. A CPU
-    is one machine, however many devices are simulated on it: its peak is measured, it costs nothing unless a price is
-    given, and the row of `config.name` is for the planner.
+    MFU on accelerators is against the BF16 peak, under FP8 recipes too, and unknown for FP32, of which data sheets tell
+    no matmul rate. A CPU is one machine, however many devices are simulated on it: its peak is measured, it costs
+    nothing unless a price is given, and the row of `config.name` is for the planner.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
@@ -45,7 +45,7 @@ def machine(config: HardwareConfig, precision: str) -> Machine:
     chips = jax.device_count() // (row.devices_per_chip if row else 1)
     peak, price = config.peak_flops_per_second, config.price_per_chip_hour
     if row:
-        peak = row.peak_flops_bf16 if peak is None and precision == "bf16" else peak
+        peak = row.peak_flops_bf16 if peak is None and precision != "fp32" else peak
         price = row.price_per_chip_hour if price is None else price
     if price is None:
         note = f"no price known for {device.device_kind}; set hardware.price_per_chip_hour"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dsjax.config import Config
 from dsjax.model.moe import Execution
 from dsjax.model.transformer import Network, network
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.sharding import replicated
 from dsjax.training import optimizer
 
@@ -28,8 +28,8 @@ class TrainState:
 
 def build_network(config: Config, mesh: Mesh) -> Network:
     """The network that this configuration trains, on this mesh; nothing is allocated."""
-    how = Execution(mesh, recipe(config.precision), config.dispatch, config.training.remat)
-    return network(config.model, how)
+    how = recipe(config.precision, config.fp8.accumulation, mesh)
+    return network(config.model, Execution(mesh, how, config.dispatch, config.training.remat))
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
