@@ -27,6 +27,7 @@ examples:
   dsjax prepare --config configs/tiny.py --config.data.sources=text_files:books
   dsjax generate --checkpoint runs/tiny --prompt "def main():" --max-new-tokens 200
   dsjax report runs/tiny
+  dsjax report runs/fp8 --against runs/bf16
   dsjax convert runs/tiny tiny-bf16
   dsjax inspect tiny-bf16
   dsjax bench --config configs/bench.py --baseline dense
@@ -175,8 +176,11 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     generate.add_argument(
         "--tokenizer", type=path, metavar="NAME", help="bytes, deepseek or a tokenizer.json; default: the model's own"
     )
-    report.add_argument("run", type=path, metavar="RUN", help="the directory of a run")
-    report.add_argument("--out", type=path, metavar="DIR", help="where to write; default: inside the run")
+    report.add_argument(
+        "runs", nargs="+", type=path, metavar="RUN", help="the directory of a run; of several, with --against"
+    )
+    report.add_argument("--against", type=path, metavar="BASELINE", help="a run that the losses are compared with")
+    report.add_argument("--out", type=path, metavar="DIR", help="where to write; default: inside the only run")
     bench.add_argument("--baseline", choices=("dense",), help="time a dense model of equal active parameters too")
     convert.add_argument("source", type=path, metavar="SRC", help="a run, or a directory as on the Hugging Face hub")
     convert.add_argument("destination", type=path, metavar="DST", help="a new directory")
@@ -246,9 +250,17 @@ def _generate(args: argparse.Namespace, config: None) -> None:
 
 
 def _report(args: argparse.Namespace, config: None) -> None:
+    if args.against is not None:
+        from dsjax.training.comparison import compare
+
+        page, lines = compare(args.runs, args.against, args.out)
+        print(*lines, page, sep="\n")
+        return
+    if len(args.runs) > 1:
+        raise ConfigError(f"{len(args.runs)} runs are compared with another; name it with --against BASELINE")
     from dsjax.training.report import report
 
-    print(report(args.run, args.out))
+    print(report(args.runs[0], args.out))
 
 
 def _bench(args: argparse.Namespace, config: Config) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import Config, ConfigError, DataConfig, HardwareConfig, ModelConfig, MonitorConfig, TrainingConfig
-from dsjax.numerics.linear import recipe
+from dsjax.numerics.recipe import recipe
 from dsjax.planning import counts, hardware
 from dsjax.training import monitor as monitor_module
 from dsjax.training.machine import Machine, machine, matmul_flops_per_second

@@ -1,17 +1,24 @@
 """The report: drawn from what is on disk, whatever state that is in."""
 
 import base64
+import dataclasses
+import io
 import json
 import re
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from dsjax.config import Config, ConfigError
-from dsjax.training.report import report
+from dsjax.config import Config, ConfigError, MonitorConfig
+from dsjax.training.machine import Machine
+from dsjax.training.monitor import Monitor, Step, read_rows
+from dsjax.training.report import draw_quantisation, report
 from dsjax.training.workdir import EXPERT_LOAD, METRICS, write_config
 
 PNG = b"\x89PNG"
+CONFIG = Config()
 
 
 def row(step: int, **more) -> dict:
@@ -113,3 +120,78 @@ def test_an_out_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another --out"):
         report(tmp_path, tmp_path / "file")
+
+
+def rates(error=0.026, overflow=0.0, underflow=1e-4) -> dict:
+    return {"error": error, "overflow": overflow, "underflow": underflow}
+
+
+def measured(monitor: Monitor, number: int, quantisation: dict | None) -> None:
+    """Writes a step whose metrics hold `quantisation`, as arrays on the device."""
+    values = {"loss": 2.5, "mtp_loss": 2.75, "grad_norm": 0.5} | (
+        {"quantisation": quantisation} if quantisation else {}
+    )
+    arrays = {
+        name: {c: {n: jnp.float32(x) for n, x in r.items()} for c, r in value.items()}
+        if isinstance(value, dict)
+        else jnp.float32(value)
+        for name, value in values.items()
+    }
+    monitor.write(monitor.measure(Step(number, 4 * number, 4, {"learning_rate": 1e-3}, arrays)))
+
+
+def monitor_of(workdir, config=CONFIG):
+    write_config(workdir, config)
+    chips = Machine(chips=1, peak_flops_per_second=1e12, dollars_per_hour=0.0, note="free")
+    return Monitor(config, workdir, chips, 1000, stream=io.StringIO())
+
+
+def test_quantisation_goes_from_the_step_to_the_picture(tmp_path):
+    monitor = monitor_of(tmp_path)
+    given = {"activation": rates(), "gradient (Wgrad)": rates(float("nan"), 0.5, float("inf"))}
+    for number, value in enumerate((None, given, None), 1):
+        measured(monitor, number, value)
+    rows = read_rows(tmp_path / METRICS)
+    assert ["quantisation" in row for row in rows] == [False, True, False]
+    assert rows[1]["quantisation"]["gradient (Wgrad)"] == rates(None, 0.5, None)
+    assert rows[1]["quantisation"]["activation"] == pytest.approx(rates())
+    report(tmp_path)
+    assert (tmp_path / "plots" / "quantisation.png").read_bytes().startswith(PNG)
+    assert 'alt="quantisation"' in (tmp_path / "report.html").read_text()
+
+
+def test_tensorboard_gets_every_class_of_tensors(tmp_path):
+    pytest.importorskip("tensorboardX")
+    monitor = monitor_of(tmp_path, dataclasses.replace(Config(), monitor=MonitorConfig(tensorboard=True)))
+    measured(monitor, 1, {"weight": rates(error=float("nan"))})
+    monitor.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    assert b"quantisation/weight/underflow" in written and b"quantisation/weight/error" not in written
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"weight": rates(underflow=0.0)}],
+        [{"weight": rates(None, None, None)}],
+        [{"weight": rates()}, {"weight": rates(underflow=0.5), "gradient": rates(0.5, 1e-9, 0.0)}],
+        [{"activation": rates()}, {"weight": rates(error=None)}],
+        [{"of another kind": rates(1.0, 1.0, 1.0)}],
+    ],
+    ids=["one step of zeros", "no number", "far apart", "other classes at other steps", "unknown class"],
+)
+def test_any_quantisation_can_be_drawn_and_none_is_left_out(values):
+    figure = draw_quantisation([row(1), *(row(2 + i, quantisation=value) for i, value in enumerate(values))])
+    figure.draw_without_rendering()
+    names = list(dict.fromkeys(name for value in values for name in value))
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    for axes, measure in zip(figure.axes, ("error", "overflow", "underflow"), strict=True):
+        low, high = axes.get_ylim()
+        for name, line in zip(names, axes.lines, strict=True):
+            points = [(2 + i, value[name][measure]) for i, value in enumerate(values) if name in value]
+            drawn = [(step, rate) for step, rate in points if rate is not None]
+            assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == drawn
+            assert all(low <= rate < high for _, rate in drawn)
+            shown = axes.transData.transform(np.array(drawn).reshape(-1, 2))
+            assert np.isfinite(shown).all()  # a zero on a logarithmic scale would not be

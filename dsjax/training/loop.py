@@ -30,6 +30,7 @@ from dsjax.hub.architecture import is_published
 from dsjax.planning import counts
 from dsjax.sharding import check_batch, make_mesh
 from dsjax.training import checkpoint
+from dsjax.training.diagnostics import measure_quantisation
 from dsjax.training.interrupt import EXIT_CODES, Interrupt
 from dsjax.training.machine import machine, use_compile_cache
 from dsjax.training.monitor import Monitor, Step, dollars, duration, magnitude, read_rows
@@ -101,6 +102,8 @@ def train(config: Config, workdir: str | Path) -> Summary:
         introduce(monitor, config, mesh, workdir, position, changes)
         train_step = compile_step(config, mesh, state, monitor)
         validate = make_validation(config, mesh, prepared)
+        every = config.monitor.quantisation_every_steps
+        measure = measure_quantisation(config, mesh) if every else None
         if config.init_from and position.step == 0:
             monitor.say(f"before the first step: {validation_line(validate(state))}")
         interrupt.has_begun = True
@@ -109,7 +112,9 @@ def train(config: Config, workdir: str | Path) -> Summary:
             settings = schedule.hyperparameters(position.sequences)
             microbatches = np.int32(batch_size // config.training.sequences_per_microbatch)
             values = {name: np.float32(value) for name, value in settings.items()}
+            measured = measure(state, tokens, values) if measure and is_due(position.step + 1, every) else {}
             state, metrics = train_step(state, tokens, microbatches, values)
+            metrics |= {"quantisation": measured}
             position = Position(position.step + 1, position.sequences + batch_size)
             in_flight.append(Step(position.step, position.sequences, batch_size, settings, metrics))
 

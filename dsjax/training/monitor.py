@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,7 +32,7 @@ class Step:
     sequences: int  # sequences seen after it
     batch_size: int
     hyperparameters: Mapping[str, Any]
-    metrics: Mapping[str, jax.Array]  # still being computed
+    metrics: Mapping[str, Any]  # still being computed: arrays, or mappings of them
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +98,9 @@ class Monitor:
 
     def measure(self, step: Step) -> dict[str, Any]:
         """The row of `step`; waits until it is computed."""
-        metrics = {name: np.asarray(value) for name, value in jax.device_get(dict(step.metrics)).items()}
+        values = jax.device_get(dict(step.metrics))
+        quantisation = values.pop("quantisation", None)
+        metrics = {name: np.asarray(value) for name, value in values.items()}
         now = time.perf_counter()
         step_seconds, self._mark = now - self._mark, now
         self._pass_time()
@@ -123,6 +125,8 @@ class Monitor:
             "cost_usd": self.cost_usd,
             "seconds": self.seconds,
         }
+        if quantisation:  # only some steps measure it
+            row["quantisation"] = quantisation
         self._recent.append((tokens, step_seconds))
         self._write_expert_load(step.step, load_LE)
         return row
@@ -136,7 +140,7 @@ class Monitor:
         self._validation_loss = row.get("validation_loss") or self._validation_loss
         self._append(METRICS, row)
         if self._tensorboard:
-            for name, value in row.items():
+            for name, value in _scalars(row):
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
         self._console.progress(self._progress(row))
@@ -295,8 +299,19 @@ def _over_mean(load_LE: np.ndarray) -> np.ndarray:
     return load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)
 
 
+def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The names and numbers of `row`; those of a mapping within it as NAME/NAME."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: NaN and infinity become None."""
+    """As JSON can hold it: NaN and infinity become None, in a mapping too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
     if value is None or isinstance(value, int):
         return value
     number = float(value)

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,14 @@ Rows = Sequence[dict[str, Any]]
 SIZE = (9, 4.5)  # inches
 SLICES = 6  # moments shown of the expert load
 BLUE, ORANGE, GREEN, GREY = "#3465a4", "#e07b00", "#2e7d32", "#9a9a9a"
+# One colour for each kind of tensor, dashes where it is the operand of the weight gradient.
+QUANTISED = {
+    "activation": (BLUE, "-"),
+    "weight": (GREEN, "-"),
+    "gradient": (ORANGE, "-"),
+    "activation (Wgrad)": (BLUE, "--"),
+    "gradient (Wgrad)": (ORANGE, "--"),
+}
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -53,11 +61,26 @@ def report(workdir: str | Path, out: str | Path | None = None) -> Path:
     Raises:
       ConfigError: `workdir` is no run, no step of it is recorded, matplotlib is missing, or `out` cannot be written.
     """
-    workdir, out = Path(workdir), Path(workdir if out is None else out)
+    workdir = Path(workdir)
+    return write_page(Path(out or workdir), f"Run {workdir.resolve().name}", *contents(workdir))
+
+
+def read_run(workdir: Path) -> tuple[Config, Rows]:
+    """The configuration of the run in `workdir`, and its steps as recorded, at least one.
+
+    Raises:
+      ConfigError: `workdir` is no run, or no step of it is recorded.
+    """
     config = read_config(workdir)
     rows = [row for row in read_rows(workdir / METRICS) if isinstance(row.get("step"), int)]
     if not rows:
         raise ConfigError(f"{workdir / METRICS} records no step yet, so there is nothing to draw")
+    return config, rows
+
+
+def contents(workdir: Path) -> tuple[dict[str, str], dict[str, "Figure"]]:
+    """The facts and the figures of the run in `workdir`, by name; raises as `report` does."""
+    config, rows = read_run(workdir)
     loads = [row for row in read_rows(workdir / EXPERT_LOAD) if row.get("load")]
     figures = {
         "loss": draw_loss(rows),
@@ -66,8 +89,19 @@ def report(workdir: str | Path, out: str | Path | None = None) -> Path:
     }
     if loads:
         figures["expert_load"] = draw_expert_load(rows, loads, has_mtp=config.model.num_nextn_predict_layers > 0)
+    if any(row.get("quantisation") for row in rows):
+        figures["quantisation"] = draw_quantisation(rows)
+    return _facts(config, rows), figures
+
+
+def write_page(out: Path, title: str, facts: Mapping[str, str], figures: Mapping[str, "Figure"]) -> Path:
+    """Writes `figures` to `out/plots` and all of it to one page in `out`; returns the page.
+
+    Raises:
+      ConfigError: `out` cannot be written.
+    """
     images = {name: _png(figure) for name, figure in figures.items()}
-    page = _page(f"Run {workdir.resolve().name}", _facts(config, rows), images)
+    page = _page(title, facts, images)
     try:
         (out / PLOTS).mkdir(parents=True, exist_ok=True)
         for name, image in images.items():
@@ -128,7 +162,7 @@ def draw_throughput(rows: Rows) -> "Figure":
 
 def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
     """The busiest expert over steps, and layers x experts at a few moments, as load over the layer's mean."""
-    figure_class = _figure_class()
+    figure_type = figure_class()
     from matplotlib.colors import TwoSlopeNorm
 
     moments = sorted({round(place) for place in np.linspace(0, len(loads) - 1, SLICES)})
@@ -136,12 +170,12 @@ def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
     columns = 2 if len(slices) > 1 else 1
     lines = -(-len(slices) // columns)
     height = float(np.clip(0.22 * len(slices[0]) + 0.7, 1.2, 4.0))
-    figure = figure_class(figsize=(SIZE[0], 2.4 + lines * height), layout="constrained", dpi=120)
+    figure = figure_type(figsize=(SIZE[0], 2.4 + lines * height), layout="constrained", dpi=120)
     grid = figure.add_gridspec(lines + 1, columns, height_ratios=[2.0] + [height] * lines)
 
     top = figure.add_subplot(grid[0, :])
     _curve(top, *_series(rows, "expert_load_max_over_mean"), "", BLUE)
-    _style(top, "Expert load", "busiest expert\n(load / mean)")
+    style(top, "Expert load", "busiest expert\n(load / mean)")
     top.axhline(1, color=GREY, linewidth=1, linestyle=":")
     top.set_ylim(bottom=0.9)
 
@@ -158,6 +192,47 @@ def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
     bar = figure.colorbar(image, ax=panels, extend="max", fraction=0.03, pad=0.02)
     bar.set_label("load / mean of the layer")
     return figure
+
+
+def draw_quantisation(rows: Rows) -> "Figure":
+    """What FP8 does to each class of tensors, over the steps that measured it: error, overflow and underflow rate."""
+    figure = figure_class()(figsize=SIZE, layout="constrained", dpi=120)
+    panels = figure.subplots(1, 3)
+    measured = [row for row in rows if row.get("quantisation")]
+    names = dict.fromkeys(name for row in measured for name in row["quantisation"])
+    titles = {"error": "relative RMS error", "overflow": "overflow rate", "underflow": "underflow rate"}
+    for axes, (measure, title) in zip(panels, titles.items(), strict=True):
+        style(axes, title, "")
+        drawn: list[float] = []
+        for name in names:
+            values = [row["quantisation"].get(name, {}).get(measure) for row in measured]
+            known = [(row["step"], value) for row, value in zip(measured, values, strict=True) if value is not None]
+            colour, dashes = QUANTISED.get(name, (GREY, ":"))
+            marker = "." if len(known) < 40 else ""  # few points, or a single one, would make no line
+            axes.plot([step for step, _ in known], [value for _, value in known], dashes, color=colour, marker=marker)
+            drawn += [value for _, value in known]
+        _scale_rates(axes, np.array(drawn, float))
+    figure.suptitle("Quantisation", x=0.01, ha="left", fontweight="bold")
+    figure.legend(panels[0].lines, list(names), loc="outside lower center", ncols=len(names), frameon=False)
+    return figure
+
+
+def _scale_rates(axes: "Axes", rates: np.ndarray) -> None:
+    """Percent from 0 on: linear or, where the rates lie far apart, logarithmic above the smallest that is not 0."""
+    positive = rates[rates > 0]
+    if len(positive) == 0:
+        axes.set_ylim(0, 1)
+        axes.set_yticks([0])
+        axes.text(0.5, 0.5, "0 at every step" if len(rates) else "not measured", ha="center", transform=axes.transAxes)
+    elif positive.max() > 30 * positive.min():
+        axes.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(positive.min())), linscale=0.5)
+        axes.set_ylim(0, 2 * positive.max())
+    else:
+        axes.set_ylim(0, 1.15 * positive.max())
+    # Rates of one in a million are common here: written out, not with an exponent.
+    axes.yaxis.set_major_formatter(
+        lambda rate, _: np.format_float_positional(float(f"{100 * rate:.3g}"), trim="-") + "%"
+    )
 
 
 def _label_experts(axes: "Axes", shape: tuple[int, ...], has_mtp: bool) -> None:
@@ -203,7 +278,7 @@ def _facts(config: Config, rows: Rows) -> dict[str, str]:
     return facts
 
 
-def _page(title: str, facts: dict[str, str], images: dict[str, bytes]) -> str:
+def _page(title: str, facts: Mapping[str, str], images: Mapping[str, bytes]) -> str:
     cells = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items()]
     pictures = [
         f'<img alt="{name.replace("_", " ")}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
@@ -233,13 +308,14 @@ def _curve(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str, colo
 
 
 def _figure(title: str, ylabel: str) -> tuple["Figure", "Axes"]:
-    figure = _figure_class()(figsize=SIZE, layout="constrained", dpi=120)
+    figure = figure_class()(figsize=SIZE, layout="constrained", dpi=120)
     axes = figure.add_subplot()
-    _style(axes, title, ylabel)
+    style(axes, title, ylabel)
     return figure, axes
 
 
-def _style(axes: "Axes", title: str, ylabel: str) -> None:
+def style(axes: "Axes", title: str, ylabel: str) -> None:
+    """Title, labels and the look of every plot over steps."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
@@ -248,7 +324,8 @@ def _style(axes: "Axes", title: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _figure_class() -> type["Figure"]:
+def figure_class() -> type["Figure"]:
+    """matplotlib's Figure; raises ConfigError where it is not installed."""
     # Figure itself, not pyplot: no display is looked for, and no figure outlives its function.
     try:
         from matplotlib.figure import Figure
