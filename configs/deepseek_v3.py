@@ -1,6 +1,6 @@
 """DeepSeek-V3, 671B parameters of which 37B are active: the recipe of its technical report (arXiv 2412.19437).
 
-Architecture section 4.2 and config.json; schedules section 4.2; data section 4.1. 671,026,419,200 parameters, of
+Architecture section 4.2 and config.json; schedules section 4.2; data section 4.1; FP8 section 3.3. 671,026,419,200 parameters, of
 which 58 x 256 are routing biases, and 11,610,068,224 of multi-token prediction. 14.8T tokens of 250.5 GFLOP each,
 10.2 more for MTP, are 3.9e24 FLOP; the report's run took 2,664K H800 hours for them.
 
@@ -16,10 +16,10 @@ with the weights of the run before:
 length. To train that one further, `--config.init_from=DIRECTORY` with any config takes the architecture from it.
 
 Not the report's: in the extension the routing bias and MTP's weight are as at the end of pretraining, which section
-4.3 does not say; the mesh, the microbatch and what is recomputed (it pipelines over 16 stages) and the precision (it
-multiplies in FP8). Nobody has trained with this file: over 64 expert ranks `all_gather` holds the tokens of all 64,
-which is more memory and traffic than the report's all-to-all takes; and a sequence lives on one device, so that the
-extension's 480 sequences keep at most 480 devices busy, and 32 of them hold the weights.
+4.3 does not say; the mesh, the microbatch and what is recomputed (it pipelines over 16 stages). Nobody has trained with
+this file: over 64 expert ranks `all_gather` holds the tokens of all 64, which is more memory and traffic than the
+report's all-to-all takes; and a sequence lives on one device, so that the extension's 480 sequences keep at most 480
+devices busy, and 32 of them hold the weights.
 Left out: the random splitting of tokens that join punctuation and a line break (section 4.1).
 """
 
@@ -73,6 +73,9 @@ def get_config(form: str = "pretraining"):
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         }
+
+    config.precision = "fp8_deepseek"
+    config.fp8.working_copy = True  # rounded once a step, after the update
 
     # 512 devices hold the weights once. 1,024 is the largest power of two that divides both 3,072 and 15,360.
     config.mesh.update(data=-1, fsdp=8, expert=64)

@@ -243,7 +243,11 @@ def data_problems(data: "DataConfig") -> Iterator[str]:
 
 def _fp8(config: "Config") -> Iterator[str]:
     if config.precision not in FP8_PRECISIONS:
-        for path, off in (("fp8.accumulation", "fp32"), ("monitor.quantisation_every_steps", None)):
+        for path, off in (
+            ("fp8.accumulation", "fp32"),
+            ("fp8.working_copy", False),
+            ("monitor.quantisation_every_steps", None),
+        ):
             if _value(config, path) != off:
                 yield (
                     f'{path} is {_value(config, path)}, but precision "{config.precision}" has no FP8; choose one of '
@@ -253,6 +257,11 @@ def _fp8(config: "Config") -> Iterator[str]:
         yield (
             f'fp8.accumulation "{config.fp8.accumulation}" needs tiles of 128, but precision "{config.precision}" has '
             'others; choose fp8_deepseek, or set it to "fp32"'
+        )
+    elif config.fp8.working_copy and config.precision == "mxfp8":
+        yield (
+            'fp8.working_copy is True, but precision "mxfp8" scales weights along what is contracted, so that each'
+            " product needs its own copy; set it to False"
         )
 
 

@@ -205,6 +205,9 @@ class FP8Config:
     # Of the products: "fp32"; or the tensor core's narrow accumulator, emulated and slow: "fp22_promote128" (moved to
     # FP32 every 128, as DeepSeek does), "fp22" (never).
     accumulation: str = "fp32"
+    # Each weight is rounded once a step, and gathered over the mesh in E4M3: a byte a weight more in memory, a quarter
+    # of the bytes on the wire, the same numbers. False: rounded from the FP32 master wherever it is multiplied.
+    working_copy: bool = False
 
 
 @dataclass(frozen=True)

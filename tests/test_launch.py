@@ -11,6 +11,7 @@ SCRIPTS = [
     "launch/install.sh",
     "launch/quickstart.sh",
     "launch/simulate.sh",
+    "launch/fp8_experiment.sh",
     "launch/slurm.sbatch",
     "launch/tpu_vm.sh",
     "tests/run.sh",
@@ -110,6 +111,15 @@ def test_quickstart_trains_and_tells_what_came_out(sandbox):
     assert train == "train --config configs/tiny.py --devices 8 --workdir runs/quickstart --config.training.seed=3"
     assert generate.startswith("generate --checkpoint runs/quickstart --prompt")
     assert ran.stdout == "what came out\nsample:\na sample\n"
+
+
+def test_fp8_experiment_trains_bf16_first_and_compares_each_with_it(sandbox):
+    ran = run(sandbox, "launch/fp8_experiment.sh", "mxfp8", "fp8_deepseek")
+    assert ran.returncode == 0, ran.stderr
+    *trained, report = calls(sandbox)
+    names = ["bf16", "mxfp8", "fp8_deepseek"]
+    assert trained == [f"train --config configs/fp8_experiment.py:{name} --workdir runs/fp8/{name}" for name in names]
+    assert report == "report runs/fp8/mxfp8 runs/fp8/fp8_deepseek --against runs/fp8/bf16 --out runs/fp8/report"
 
 
 def test_tpu_script_prepares_once_and_trains_on_every_host(sandbox):

@@ -186,33 +186,33 @@ def _gather(x_MD: jax.Array, scaling: Scaling | None) -> jax.Array:
     return fp8.apply_scales(values, fp8.from_exponents(whole(fp8.exponents(scale))), tiles).astype(x_MD.dtype)
 
 
-Round = Callable[[Any, Any, jax.Array], jax.Array]  # (differentiable, integers, round_index) -> y
+Round = Callable[[Any, Any, jax.Array], jax.Array]  # (differentiable, constants, round_index) -> y
 
 
-def in_rounds(one_round: Round, operands: Any, integers: Any, rounds: jax.Array) -> jax.Array:
-    """The sum of `one_round(operands, integers, r)` over r = 0 .. rounds - 1.
+def in_rounds(one_round: Round, operands: Any, constants: Any, rounds: jax.Array) -> jax.Array:
+    """The sum of `one_round(operands, constants, r)` over r = 0 .. rounds - 1.
 
     Round 0 is ordinary code. Later ones run in a loop with a traced trip count, zero when the load is balanced,
     whose backward pass loops over the gradients of the same rounds.
     """
-    first = one_round(operands, integers, jnp.int32(0))
-    return first + _later_rounds(one_round, jnp.zeros_like(first), operands, integers, rounds)
+    first = one_round(operands, constants, jnp.int32(0))
+    return first + _later_rounds(one_round, jnp.zeros_like(first), operands, constants, rounds)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _later_rounds(one_round: Round, zero: jax.Array, operands: Any, integers: Any, rounds: jax.Array) -> jax.Array:
-    return lax.fori_loop(1, rounds, lambda r, y: y + one_round(operands, integers, r), zero)
+def _later_rounds(one_round: Round, zero: jax.Array, operands: Any, constants: Any, rounds: jax.Array) -> jax.Array:
+    return lax.fori_loop(1, rounds, lambda r, y: y + one_round(operands, constants, r), zero)
 
 
-def _later_rounds_fwd(one_round: Round, zero, operands, integers, rounds):
-    return _later_rounds(one_round, zero, operands, integers, rounds), (operands, integers, rounds)
+def _later_rounds_fwd(one_round: Round, zero, operands, constants, rounds):
+    return _later_rounds(one_round, zero, operands, constants, rounds), (operands, constants, rounds)
 
 
 def _later_rounds_bwd(one_round: Round, kept, dy: jax.Array):
-    operands, integers, rounds = kept
+    operands, constants, rounds = kept
 
     def add_gradient(r, total):
-        _, pull = jax.vjp(lambda ops: one_round(ops, integers, r), operands)
+        _, pull = jax.vjp(lambda ops: one_round(ops, constants, r), operands)
         return jax.tree.map(jnp.add, total, pull(dy)[0])
 
     gradients = lax.fori_loop(1, rounds, add_gradient, jax.tree.map(jnp.zeros_like, operands))

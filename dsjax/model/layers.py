@@ -39,7 +39,7 @@ class Linear(nnx.Module):
         self.recipe = recipe
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = linear(x, self.weight[...], self.recipe)
+        y = linear(x, self.weight.get_value(), self.recipe)
         if self.bias is None:
             return y
         return y + self.bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -68,7 +68,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         down = self.down_proj
-        return swiglu_linear(self.gate_proj(x_BTD), self.up_proj(x_BTD), down.weight[...], down.recipe)
+        return swiglu_linear(self.gate_proj(x_BTD), self.up_proj(x_BTD), down.weight.get_value(), down.recipe)
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, mesh: Mesh, recipe: Recipe) -> jax.Array:

@@ -1,6 +1,7 @@
 """The mixture of experts: routed ones, reached by dispatch, and a shared one beside them [V3 §2.1.2]."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from dsjax.config import DispatchConfig, ModelConfig
 from dsjax.model import dispatch as travel
 from dsjax.model.layers import SwiGLU, weight
 from dsjax.model.routing import Choice, route, sequence_balance_loss
+from dsjax.numerics.contraction import Weight, Working
 from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.linear import linear, swiglu_linear
 from dsjax.numerics.recipe import Recipe
@@ -81,9 +83,16 @@ class ExpertWeights(NamedTuple):
     down_EFD: Any
 
 
-EXPERT_SPECS = ExpertWeights(
-    PartitionSpec("expert", "fsdp"), PartitionSpec("expert", "fsdp"), PartitionSpec("expert", None, "fsdp")
-)
+EMBED = ExpertWeights(1, 1, 2)  # their dimension that is cut over fsdp
+
+
+def _specs(weights: ExpertWeights) -> ExpertWeights:
+    def one(weight: Weight, dim: int) -> Any:
+        spec: Any = PartitionSpec("expert", *[None] * (dim - 1), "fsdp")
+        scales: Any = PartitionSpec("expert")
+        return Working(spec, spec, scales) if isinstance(weight, Working) else spec
+
+    return ExpertWeights(*map(one, weights, EMBED))
 
 
 class MoE(nnx.Module):
@@ -99,7 +108,8 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, RoutingStats]:
         """[B, T, D] -> [B, T, D] and what the router did."""
         experts, bias = self.experts, self.gate.e_score_correction_bias
-        weights = ExpertWeights(experts.gate_proj[...], experts.up_proj[...], experts.down_proj[...])
+        matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
+        weights = ExpertWeights(*(matrix.get_value() for matrix in matrices))
         y_BTD, stats = routed_experts(
             x_BTD, self.gate.weight[...], None if bias is None else bias[...], weights, self.config, self.execution
         )
@@ -129,7 +139,7 @@ def routed_experts(
     y_BTD, (load_XE, balance_X, dropped_X, rounds_X) = jax.shard_map(
         local,
         mesh=execution.mesh,
-        in_specs=(BATCH, PartitionSpec(), bias_spec, EXPERT_SPECS),
+        in_specs=(BATCH, PartitionSpec(), bias_spec, _specs(weights)),
         out_specs=(BATCH, BATCH),
         check_vma=False,
     )(x_BTD, router_DE, bias_E, weights)
@@ -145,10 +155,32 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 def _gather_fsdp(weights: ExpertWeights, mesh: Mesh) -> ExpertWeights:
     """This rank's experts, whole. The backward pass of the gather is the reduce-scatter of their gradients."""
-    gate_EDF, up_EDF, down_EFD = weights
-    return ExpertWeights(
-        gather(gate_EDF, ("fsdp",), 1, mesh), gather(up_EDF, ("fsdp",), 1, mesh), gather(down_EFD, ("fsdp",), 2, mesh)
-    )
+
+    def one(weight: Weight, dim: int) -> Weight:
+        if not isinstance(weight, Working):
+            return gather(weight, ("fsdp",), dim, mesh)
+        return Working(
+            _gather_later(weight.master, dim, mesh), gather(weight.values, ("fsdp",), dim, mesh), weight.scale
+        )
+
+    return ExpertWeights(*map(one, weights, EMBED))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_later(master: jax.Array, dim: int, mesh: Mesh) -> jax.Array:
+    """The shape of a gathered master weight that nothing reads, for its gradient to come back through."""
+    whole = list(master.shape)
+    whole[dim] *= mesh.shape["fsdp"]
+    return jnp.zeros(whole, master.dtype)
+
+
+def _gather_later_bwd(dim: int, mesh: Mesh, _, gradient: jax.Array) -> tuple[jax.Array]:
+    if mesh.shape["fsdp"] > 1:
+        gradient = lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+    return (gradient,)
+
+
+_gather_later.defvjp(lambda master, dim, mesh: (_gather_later(master, dim, mesh), None), _gather_later_bwd)
 
 
 def _exchange(
@@ -182,27 +214,44 @@ def _own_experts(
     capacity_factor: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(y [M, D] of the experts that this rank owns, assignments that no round computed, rounds)."""
-    count = len(weights.gate_EDF)
+    masters, copies = _taken_apart(weights)
+    count = len(masters.gate_EDF)
     tokens, choices = experts_MK.shape
     buffer = travel.make_buffer(tokens, choices, count, ranks, capacity_factor)
     by_expert = travel.sort_assignments(experts_MK, rank * count, count)
 
-    def one_round(operands, by_expert, r):
-        x_MD, weights_MK, weights = operands
+    def one_round(operands, constants, r):
+        (x_MD, weights_MK, masters), (by_expert, copies) = operands, constants
+        weights = _put_together(masters, copies)
         layout = travel.lay_out(by_expert, buffer, r)
         rows_CD = travel.dispatch(x_MD, layout)
         weights_C = travel.dispatch_weights(weights_MK, layout)
         return travel.combine(_feed_forward(rows_CD, weights_C, layout.sizes_E, weights, buffer, recipe), layout)
 
-    operands = (x_MD, weights_MK, weights)
+    operands, constants = (x_MD, weights_MK, masters), (by_expert, copies)
     if buffer.assignments >= tokens * min(choices, count):  # everything fits, whatever the routing
-        y_MD, rounds = one_round(operands, by_expert, jnp.int32(0)), jnp.int32(1)
+        y_MD, rounds = one_round(operands, constants, jnp.int32(0)), jnp.int32(1)
     else:
         rounds = travel.rounds_needed(by_expert, buffer)
-        y_MD = travel.in_rounds(one_round, operands, by_expert, rounds)
+        y_MD = travel.in_rounds(one_round, operands, constants, rounds)
     placed = lambda r: jnp.sum(travel.lay_out(by_expert, buffer, r).row_MK < buffer.rows, dtype=jnp.int32)  # noqa: E731
     computed = lax.fori_loop(1, rounds, lambda r, count: count + placed(r), placed(jnp.int32(0)))
     return y_MD, by_expert.starts_E[-1] - computed, rounds.astype(jnp.float32)
+
+
+def _taken_apart(weights: ExpertWeights) -> tuple[ExpertWeights, ExpertWeights]:
+    """(what has gradients, what has none: working copies, None where there is none)."""
+    is_working = [isinstance(weight, Working) for weight in weights]
+    masters = [weight.master if known else weight for weight, known in zip(weights, is_working, strict=True)]
+    copies = [
+        (weight.values, weight.scale) if known else None for weight, known in zip(weights, is_working, strict=True)
+    ]
+    return ExpertWeights(*masters), ExpertWeights(*copies)
+
+
+def _put_together(masters: ExpertWeights, copies: ExpertWeights) -> ExpertWeights:
+    together = lambda master, copy: master if copy is None else Working(master, *copy)  # noqa: E731
+    return ExpertWeights(*map(together, masters, copies))
 
 
 def _feed_forward(

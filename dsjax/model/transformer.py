@@ -19,7 +19,9 @@ from dsjax.config import ConfigError, ModelConfig
 from dsjax.model.attention import MLA
 from dsjax.model.layers import Linear, RMSNorm, SwiGLU, embed, rope_table, weight
 from dsjax.model.moe import Execution, MoE, RouterBias, RoutingStats
+from dsjax.numerics.contraction import Working, working_copy
 from dsjax.numerics.linear import product
+from dsjax.numerics.recipe import Recipe
 from dsjax.sharding import BATCH, shardings
 
 # What the backward pass finds saved; the rest of a layer is computed again. "deepseek" recomputes norms, MLA
@@ -163,6 +165,25 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> FP32 [..., V]; for a few positions, training uses `losses.cross_entropy`."""
         return product("...d,dv->...v", hidden, self.head_DV, self.execution.recipe, jnp.float32)
+
+
+def is_quantised(path: Any) -> bool:
+    """Whether FP8 recipes quantise the parameter at this path of the tree: projections, experts, but not eh_proj."""
+    names = [str(key.key) for key in path]
+    return any("_proj" in name for name in names) and "eh_proj" not in names and names[-1] != "bias"
+
+
+def with_copies(params: Any, copies: Any) -> Any:
+    """`params` with its working copies in E4M3 attached; gradients are the masters'."""
+    join = lambda master, copy: master if copy is None else Working(master, *copy)  # noqa: E731
+    return jax.tree.map(join, params, copies)
+
+
+def working_copies(params: Any, recipe: Recipe) -> Any:
+    """A working copy of each parameter that the recipe quantises, None for the others."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, weight: working_copy(weight, recipe) if is_quantised(path) else None, params
+    )
 
 
 @dataclass(frozen=True)

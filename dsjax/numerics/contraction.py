@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsjax.numerics import fp8, grouped_matmul
 from dsjax.numerics.accumulation import scaled_limited_product
 from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.recipe import Recipe, Scaling
-from dsjax.sharding import AXES, BATCH
+from dsjax.sharding import AXES, BATCH, replicated
 
 
 class Scaled(NamedTuple):
@@ -24,6 +25,15 @@ class Scaled(NamedTuple):
     scale: jax.Array
 
 
+class Working(NamedTuple):
+    """A weight with a copy of it in E4M3, made once a step: products take the copy, the master gets the gradient."""
+
+    master: jax.Array
+    values: jax.Array  # E4M3 as bytes: uint8, for which there is no gradient
+    scale: jax.Array
+
+
+Weight = jax.Array | Working
 Operand = jax.Array | Scaled  # an array is ready to be multiplied: rounded to E4M3 where the recipe says so
 
 
@@ -42,11 +52,37 @@ def quantized(x: jax.Array, scaling: Scaling | None, contracted: int, groups: Gr
     return _operand(x, tiles, scaling.scale_format, recipe)
 
 
-def quantized_weight(w: jax.Array, scaling: Scaling | None, contracted: int, recipe: Recipe) -> Operand:
+def quantized_weight(w: Weight, scaling: Scaling | None, contracted: int, recipe: Recipe) -> Operand:
     """A weight [..., D, F] as an operand; each expert's matrix is a tensor of its own."""
+    if isinstance(w, Working):
+        assert scaling is not None
+        return _working_operand(w, _tiles(w.values.ndim, scaling, contracted), recipe)
     if scaling is None:
         return w.astype(recipe.operand_dtype)
     return _operand(w, _tiles(w.ndim, scaling, contracted), scaling.scale_format, recipe)
+
+
+def working_copy(w: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """`values` and `scale` of a Working; the same numbers as every product would make of w for itself.
+
+    The recipe scales weights alike along both dimensions: what Fprop multiplies, Dgrad does.
+    """
+    assert recipe.weight is not None and recipe.weight.free == recipe.weight.contracted
+    q, scale = fp8.quantize(w, _tiles(w.ndim, recipe.weight, -1), recipe.weight.scale_format)
+    return lax.bitcast_convert_type(q, jnp.uint8), scale
+
+
+def _working_operand(w: Working, tiles: list[int | None], recipe: Recipe) -> Operand:
+    values = w.values
+    if recipe.mesh is not None and values.ndim == 2:
+        # Said here, or the partitioner gathers what is made of the bytes.
+        values = lax.with_sharding_constraint(values, replicated(recipe.mesh))
+    q = lax.bitcast_convert_type(values, fp8.E4M3)
+    if recipe.native:
+        return Scaled(q, w.scale)
+    if recipe.accumulation != "fp32":
+        return Scaled(q.astype(jnp.float32), w.scale)
+    return fp8.apply_scales(q.astype(jnp.float32), w.scale, tiles).astype(recipe.operand_dtype)
 
 
 def _tiles(ndim: int, scaling: Scaling, contracted: int) -> list[int | None]:

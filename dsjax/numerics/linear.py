@@ -14,7 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from dsjax.numerics import fp8
-from dsjax.numerics.contraction import Operand, Scaled, quantized, quantized_weight, rows_times, weight_gradient
+from dsjax.numerics.contraction import (
+    Operand,
+    Scaled,
+    Weight,
+    Working,
+    quantized,
+    quantized_weight,
+    rows_times,
+    weight_gradient,
+)
 from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.recipe import Recipe, Scaling
 
@@ -33,7 +42,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, recipe: Recipe, out_dtype: DT
     return out.astype(out_dtype)
 
 
-def linear(x: jax.Array, w: jax.Array, recipe: Recipe, groups: Groups | None = None) -> jax.Array:
+def linear(x: jax.Array, w: Weight, recipe: Recipe, groups: Groups | None = None) -> jax.Array:
     """x [..., tokens, D] times the FP32 master weight w [D, F], in the compute dtype.
 
     With `groups`, rows x [C, D] sorted by expert, each times its expert's matrix of w [E, D, F]; rows past the groups
@@ -45,7 +54,7 @@ def linear(x: jax.Array, w: jax.Array, recipe: Recipe, groups: Groups | None = N
 def swiglu_linear(
     gate: jax.Array,
     up: jax.Array,
-    w: jax.Array,
+    w: Weight,
     recipe: Recipe,
     groups: Groups | None = None,
     row_weights: jax.Array | None = None,
@@ -59,27 +68,31 @@ def swiglu_linear(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+def _linear(x: jax.Array, w: Weight, groups: Groups | None, recipe: Recipe) -> jax.Array:
     return _forward(x, w, groups, recipe)
 
 
-def _forward(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+def _forward(x: jax.Array, w: Weight, groups: Groups | None, recipe: Recipe) -> jax.Array:
     operand = quantized(x, recipe.activation, WIDTH, groups, recipe)
     return rows_times(operand, quantized_weight(w, recipe.weight, -2, recipe), groups, recipe, transposed=False)
 
 
 def _backward(
-    x: jax.Array, dy: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array, dy: jax.Array, w: Weight, groups: Groups | None, recipe: Recipe
+) -> tuple[jax.Array, Weight]:
     """(dx, dw), x being what was kept of the input."""
     dy_rows = quantized(dy, recipe.gradient, WIDTH, groups, recipe)
     dx = rows_times(dy_rows, quantized_weight(w, recipe.weight, -1, recipe), groups, recipe, transposed=True)
     x_tokens = quantized(x, recipe.activation, TOKENS, groups, recipe)
     dy_tokens = quantized(dy, recipe.gradient, TOKENS, groups, recipe)
-    return dx, weight_gradient(x_tokens, dy_tokens, groups, recipe).astype(w.dtype)
+    return dx, _to_master(weight_gradient(x_tokens, dy_tokens, groups, recipe), w)
 
 
-def _measurements(x: jax.Array, dy: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe) -> jax.Array:
+def _to_master(dw: jax.Array, w: Weight) -> Weight:
+    return Working(dw, None, None) if isinstance(w, Working) else dw.astype(w.dtype)  # type: ignore[arg-type]
+
+
+def _measurements(x: jax.Array, dy: jax.Array, w: Any, groups: Groups | None, recipe: Recipe) -> jax.Array:
     """What CLASSES says, in the shape of w; x is the input of Fprop, not rounded."""
     kept = _kept(_keep(x, recipe.cached), recipe.cached, jnp.float32)
     operands = (
@@ -101,7 +114,7 @@ def _statistics(exact: jax.Array, rounded: Operand) -> jax.Array:
     return jnp.stack([jnp.sum(kind, dtype=jnp.float32) for kind in kinds])
 
 
-def _linear_fwd(x: jax.Array, w: jax.Array, groups: Groups | None, recipe: Recipe):
+def _linear_fwd(x: jax.Array, w: Weight, groups: Groups | None, recipe: Recipe):
     kept = x if recipe.measures else _keep(x, recipe.cached)
     return _forward(x, w, groups, recipe), (kept, w, groups)
 

@@ -5,7 +5,7 @@ receive the statistics of their products' operands in place of gradients. The tr
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsjax.config import Config
-from dsjax.model.transformer import network
+from dsjax.model.transformer import is_quantised, network
 from dsjax.numerics.linear import CLASSES, STATISTICS
 from dsjax.training.state import TrainState, build_network
 from dsjax.training.step import language_model_loss
@@ -54,12 +54,8 @@ def _rates(count, nonzero, square, error, overflow, underflow) -> dict[str, jax.
     }
 
 
-def _quantised(measured: Any) -> Iterator[jax.Array]:
-    """The weights that an FP8 recipe quantises: projections and experts."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(measured):
-        names = [str(key.key) for key in path]
-        if any("_proj" in name for name in names) and "eh_proj" not in names and names[-1] != "bias":
-            yield leaf
+def _quantised(measured: Any) -> list[jax.Array]:
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(measured) if is_quantised(path)]
 
 
 def _statistics(leaf: jax.Array) -> jax.Array:

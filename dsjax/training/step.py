@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsjax.config import Config
 from dsjax.model.losses import cross_entropy
 from dsjax.model.routing import update_bias
-from dsjax.model.transformer import Network
+from dsjax.model.transformer import Network, with_copies, working_copies
+from dsjax.numerics.recipe import recipe
 from dsjax.sharding import AXES, BATCH, replicated
 from dsjax.training import optimizer
 from dsjax.training.state import TrainState, build_network, state_shardings
@@ -78,22 +79,37 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
     """
     adamw = optimizer.adamw(config.optimizer)
     shardings = state_shardings(config, mesh)
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    how = recipe(config.precision, config.fp8.accumulation, mesh) if config.fp8.working_copy else None
 
-    def one_microbatch(state, batch, index, hyperparameters):
+    def one_microbatch(state, copies, batch, index, hyperparameters):
+        def loss_of(params):
+            return loss_fn(with_copies(params, copies), state.router_bias, microbatch, hyperparameters)
+
         microbatch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), batch)
-        (_, metrics), gradients = gradient(state.params, state.router_bias, microbatch, hyperparameters)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         # Said here, or the partitioner replicates most of them.
         return lax.with_sharding_constraint(gradients, shardings.params), metrics
 
+    def make_copies(params):
+        """Once a step, cut like their masters: all microbatches multiply the same bytes."""
+        if how is None:
+            return jax.tree.map(lambda _: None, params)
+        copies = working_copies(params, how)
+        return jax.tree.map(
+            lambda sharding, copy: copy and (lax.with_sharding_constraint(copy[0], sharding), copy[1]),
+            shardings.params,
+            copies,
+        )
+
     def train_step(state, batch, num_microbatches, hyperparameters):
         def accumulate(index, sums):
-            return jax.tree.map(jnp.add, sums, one_microbatch(state, batch, index, hyperparameters))
+            return jax.tree.map(jnp.add, sums, one_microbatch(state, copies, batch, index, hyperparameters))
 
+        copies = make_copies(state.params)
         if jax.tree.leaves(batch)[0].shape[0] == 1:
-            sums = one_microbatch(state, batch, 0, hyperparameters)
+            sums = one_microbatch(state, copies, batch, 0, hyperparameters)
         else:
-            shapes = jax.eval_shape(one_microbatch, state, batch, 0, hyperparameters)
+            shapes = jax.eval_shape(one_microbatch, state, copies, batch, 0, hyperparameters)
             nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             sums = lax.fori_loop(0, num_microbatches, accumulate, nothing)
         mean = lambda a: a / num_microbatches  # noqa: E731
