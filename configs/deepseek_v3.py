@@ -1,8 +1,8 @@
 """DeepSeek-V3, 671B parameters of which 37B are active: the recipe of its technical report (arXiv 2412.19437).
 
-Architecture section 4.2 and config.json; schedules section 4.2; data section 4.1; FP8 section 3.3. 671,026,419,200 parameters, of
-which 58 x 256 are routing biases, and 11,610,068,224 of multi-token prediction. 14.8T tokens of 250.5 GFLOP each,
-10.2 more for MTP, are 3.9e24 FLOP; the report's run took 2,664K H800 hours for them.
+Architecture section 4.2 and config.json; schedules section 4.2; data section 4.1; FP8 section 3.3. 671,026,419,200
+parameters, of which 58 x 256 are routing biases, and 11,610,068,224 of multi-token prediction. 14.8T tokens of 250.5
+GFLOP each, 10.2 more for MTP, are 3.9e24 FLOP; the report's run took 2,664K H800 hours for them.
 
     dsjax train --config configs/deepseek_v3.py --workdir RUN --distributed --config.data.sources=text_files:CORPUS
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dsjax
+from dsjax.checks import CHOICES
 from dsjax.config import Config, load
 from dsjax.planning import hardware
 from dsjax.sections import ConfigError, did_you_mean
@@ -81,10 +82,10 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"no command; valid are {', '.join(commands)}")
     if rest:
         raise ConfigError(f'unexpected argument "{rest[0]}"; see dsjax {args.command} --help')
-    if overrides and "config" not in args:
+    if overrides and getattr(args, "config", None) is None:
         raise ConfigError(f"dsjax {args.command} reads no config file, so --config.{overrides[0]} has no effect")
     config = None
-    if "config" in args:
+    if getattr(args, "config", None) is not None:
         config = load(args.config, overrides, partial(_adopt, run=getattr(args, "workdir", None)))
         hardware.check_name(config.hardware.name)
     _set_environment(args)
@@ -157,9 +158,14 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     inspect = add("inspect", _inspect, "tell what is in a published checkpoint or a run, and whether it is all there")
 
     path = os.path.expanduser  # shells leave the ~ of --workdir=~/run alone
-    for command in (prepare, train, bench):
-        command.add_argument(
-            "--config", required=True, type=path, metavar="FILE.py[:ARGUMENT]", help="a file like configs/tiny.py"
+    timed = bench.add_mutually_exclusive_group(required=True)
+    for command, place in ((prepare, prepare), (train, train), (bench, timed)):
+        place.add_argument(
+            "--config",
+            required=place is command,
+            type=path,
+            metavar="FILE.py[:ARGUMENT]",
+            help="a file like configs/tiny.py",
         )
         command.add_argument("--config.SECTION.FIELD", metavar="VALUE", help="change one field of the configuration")
     for command in (train, generate, bench):
@@ -181,7 +187,17 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     report.add_argument("--against", type=path, metavar="BASELINE", help="a run that the losses are compared with")
     report.add_argument("--out", type=path, metavar="DIR", help="where to write; default: inside the only run")
-    bench.add_argument("--baseline", choices=("dense",), help="time a dense model of equal active parameters too")
+    bench.add_argument(
+        "--baseline",
+        action="append",
+        choices=("dense", *CHOICES["precision"]),
+        help="time a dense model of equal active parameters too, or the model in another precision; may be repeated",
+    )
+    timed.add_argument(
+        "--products", action="store_true", help="time not a train step, but FP8 products at the shapes of DeepSeek-V3"
+    )
+    bench.add_argument("--tokens", metavar="N[,N]", help="rows of the products; default: as published, on a CPU 128")
+    bench.add_argument("--table", type=path, metavar="FILE", help="write the products' speeds as Markdown too")
     convert.add_argument("source", type=path, metavar="SRC", help="a run, or a directory as on the Hugging Face hub")
     convert.add_argument("destination", type=path, metavar="DST", help="a new directory")
     convert.add_argument("--dtype", choices=tuple(CONVERTED), default="bf16", help="default: bf16; fp8: in blocks")
@@ -192,7 +208,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     inspect.add_argument(
         "--values", action="store_true", help="read all numbers of a published one: their magnitudes, and any NaN"
     )
-    bench.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps, at least 10")
+    bench.add_argument("--steps", type=int, metavar="N", help="timed steps, at least 10; default 20")
     return parser, dict(commands.choices)
 
 
@@ -263,12 +279,34 @@ def _report(args: argparse.Namespace, config: None) -> None:
     print(report(args.runs[0], args.out))
 
 
-def _bench(args: argparse.Namespace, config: Config) -> None:
-    if args.steps < 10:
-        raise ConfigError(f"--steps is {args.steps}, but a median needs at least 10")
+def _bench(args: argparse.Namespace, config: Config | None) -> None:
+    if config is None:
+        _bench_products(args)
+        return
+    for flag in ("tokens", "table"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag} is for --products; leave it out")
+    steps = 20 if args.steps is None else args.steps
+    if steps < 10:
+        raise ConfigError(f"--steps is {steps}, but a median needs at least 10")
     from dsjax.training.bench import bench
 
-    print(json.dumps(bench(config, args.baseline, args.steps), indent=2))
+    print(json.dumps(bench(config, tuple(args.baseline or ()), steps), indent=2))
+
+
+def _bench_products(args: argparse.Namespace) -> None:
+    for flag in ("baseline", "steps"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag} is for a train step, which --products does not time; leave it out")
+    words = [] if args.tokens is None else args.tokens.split(",")
+    if not all(word.isdecimal() and int(word) > 0 and int(word) % 16 == 0 for word in words):
+        raise ConfigError(f"--tokens is {args.tokens}, but must be multiples of 16, as in --tokens 4096,8192")
+    from dsjax.training.product_bench import product_bench, table
+
+    figures = product_bench(tuple(map(int, words)) or None)
+    print(json.dumps(figures, indent=2))
+    if args.table is not None:
+        Path(args.table).write_text(table(figures))
 
 
 def _convert(args: argparse.Namespace, config: None) -> None:

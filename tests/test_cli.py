@@ -150,7 +150,7 @@ def test_arguments_reach_generate_report_and_bench(called, tiny, capsys):
     assert called["report"] == ("run", "there")
     assert capsys.readouterr().out == "a text\npage.html\n"
     assert main(["bench", "--config", tiny, "--baseline", "dense", "--steps", "12"]) == 0
-    assert called["bench"][1:] == ("dense", 12)
+    assert called["bench"][1:] == (("dense",), 12)
     assert json.loads(capsys.readouterr().out) == {"mfu": 0.5}
 
 

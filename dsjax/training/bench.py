@@ -1,50 +1,52 @@
-"""How fast the train step runs here, against what the same machine's matmuls can do.
+"""How fast the train step runs here, against what the same machine's matmuls can do, and what it keeps in memory.
 
-Steps of the model, of the dense baseline and bare matmuls take turns, so that a machine that slows down slows
-all of them, and the ratios hold.
+Steps of the model, of the baselines and bare matmuls take turns, so that a machine that slows down slows all of
+them, and the ratios hold.
 """
 
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.config import Config
-from dsjax.numerics.linear import recipe
+from dsjax.config import Config, FP8Config
+from dsjax.numerics.recipe import Recipe, recipe
 from dsjax.planning import counts
 from dsjax.sharding import check_batch, make_mesh
 from dsjax.training.machine import matmul, seconds
+from dsjax.training.saved import saved_bytes
 from dsjax.training.schedule import Schedule
-from dsjax.training.state import init_state
+from dsjax.training.state import build_network, init_state
 from dsjax.training.step import place_batch, pretrain_step
 
 WARM_UP_STEPS = 3
 MATMUL_REPEATS = 3  # in a row, of which the best counts: the first finds the caches full of something else
 
 
-def bench(config: Config, baseline: str | None = None, steps: int = 20) -> dict[str, Any]:
+def bench(config: Config, baselines: Sequence[str] = (), steps: int = 20) -> dict[str, Any]:
     """Times the train step on random tokens.
 
     Args:
       config: model, mesh, batch and precision; the whole batch of config.training is one step.
-      baseline: "dense" also times a dense model of equal active parameters.
+      baselines: "dense" also times a dense model of equal active parameters, the name of a precision the same model
+        in that precision.
       steps: timed steps, after a warm-up.
 
     Returns:
       tokens_per_second (of the median step), model_tflops_per_second (closed form, causal, without recomputation),
       matmul_tflops_per_second (a 2048 x 2048 x 2048 matmul in the compute dtype; on accelerators of all devices
-      together), mfu (their ratio), compile_seconds, peak_memory_bytes (of one device, by the compiler) and what was
-      run. With a baseline: its own figures, and the ratio of the median step times.
+      together), mfu (their ratio), compile_seconds, peak_memory_bytes (of one device, by the compiler), products
+      (what multiplies), saved_bytes_per_token_per_layer (see `saved_bytes`), that of BF16, their ratio, and what was
+      run. For each baseline: its own figures, and the ratio of the median step times.
     """
     mesh = make_mesh(config.mesh)
-    timed = {"model": _Timed(config, mesh)}
-    if baseline == "dense":
-        timed["dense"] = _Timed(dataclasses.replace(config, model=counts.dense_equivalent(config.model)), mesh)
-    multiply, matmul_flops = matmul(recipe(config.precision), list(mesh.devices.flat))
+    timed = {"model": _Timed(config, mesh)} | {name: _Timed(_baseline(config, name), mesh) for name in baselines}
+    multiply, matmul_flops = matmul(recipe(config.precision).high, list(mesh.devices.flat))
     for _ in range(WARM_UP_STEPS):
         for one in timed.values():
             one.step()
@@ -56,19 +58,48 @@ def bench(config: Config, baseline: str | None = None, steps: int = 20) -> dict[
         matmul_seconds.append(min(seconds(multiply) for _ in range(MATMUL_REPEATS)))
 
     rate = matmul_flops / statistics.median(matmul_seconds)
-    figures = timed["model"].figures(rate) | {
-        "matmul_tflops_per_second": _rounded(rate / 1e12),
-        "steps": steps,
-        "precision": config.precision,
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "device_kind": jax.devices()[0].device_kind,
-    }
-    if "dense" in timed:
-        figures["dense"] = timed["dense"].figures(rate)
-        ratio = timed["model"].median_seconds / timed["dense"].median_seconds
-        figures["step_time_over_dense"] = _rounded(ratio)
+    figures = (
+        timed["model"].figures(rate)
+        | _saved_figures(config, mesh)
+        | {
+            "matmul_tflops_per_second": rounded(rate / 1e12),
+            "steps": steps,
+            "precision": config.precision,
+            "devices": mesh.size,
+            "mesh": dict(mesh.shape),
+            "device_kind": jax.devices()[0].device_kind,
+        }
+    )
+    for name in baselines:
+        figures[name] = timed[name].figures(rate)
+        figures[f"step_time_over_{name}"] = rounded(timed["model"].median_seconds / timed[name].median_seconds)
     return figures
+
+
+def _baseline(config: Config, name: str) -> Config:
+    if name == "dense":
+        return dataclasses.replace(config, model=counts.dense_equivalent(config.model))
+    return dataclasses.replace(config, precision=name, fp8=FP8Config())
+
+
+def what_multiplies(how: Recipe) -> str:
+    """By what the products of a Linear are computed: the recipe's name, or for FP8 the kernels or the emulation."""
+    if how.native:
+        return f"native: Pallas kernels ({how.native})"
+    if not how.is_fp8:
+        return how.name
+    if how.accumulation != "fp32":
+        return f"emulated: FP32 products summed as {how.accumulation}"
+    return f"emulated: {'BF16' if how.operand_dtype == 'bfloat16' else 'FP32'} products of dequantised operands"
+
+
+def _saved_figures(config: Config, mesh: Mesh) -> dict[str, Any]:
+    ours, bf16 = (saved_bytes(one, mesh) for one in (config, _baseline(config, "bf16")))
+    return {
+        "saved_bytes_per_token_per_layer": {kind: rounded(size) for kind, size in ours.items()},
+        "saved_bytes_per_token_per_layer_bf16": {kind: rounded(size) for kind, size in bf16.items()},
+        "saved_bytes_over_bf16": rounded(ours["total"] / bf16["total"]),
+    }
 
 
 class _Timed:
@@ -85,6 +116,7 @@ class _Timed:
         has_mtp = config.model.num_nextn_predict_layers > 0
         self.flops = self.tokens * counts.flops_per_token(config.model, length, mtp=has_mtp)
         self.parameters = counts.parameters(config.model)
+        self.products = what_multiplies(build_network(config, mesh).execution.recipe)
         self.step_seconds: list[float] = []
 
         self._state = init_state(config, mesh)
@@ -108,14 +140,15 @@ class _Timed:
     def figures(self, matmul_flops_per_second: float) -> dict[str, Any]:
         flops_per_second = self.flops / self.median_seconds
         return {
-            "tokens_per_second": _rounded(self.tokens / self.median_seconds),
-            "model_tflops_per_second": _rounded(flops_per_second / 1e12),
-            "mfu": _rounded(flops_per_second / matmul_flops_per_second),
-            "step_seconds": _rounded(self.median_seconds),
-            "compile_seconds": _rounded(self.compile_seconds),
+            "tokens_per_second": rounded(self.tokens / self.median_seconds),
+            "model_tflops_per_second": rounded(flops_per_second / 1e12),
+            "mfu": rounded(flops_per_second / matmul_flops_per_second),
+            "step_seconds": rounded(self.median_seconds),
+            "compile_seconds": rounded(self.compile_seconds),
             "peak_memory_bytes": _peak_memory_bytes(self._compiled),
             "parameters": self.parameters.trainable + self.parameters.mtp,
             "active_parameters": self.parameters.active,
+            "products": self.products,
         }
 
 
@@ -128,6 +161,6 @@ def _peak_memory_bytes(compiled: jax.stages.Compiled) -> int:
     return int(stats.peak_memory_in_bytes)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Four significant digits, whatever the size: a figure of a small machine does not become 0."""
     return float(f"{value:.4g}")

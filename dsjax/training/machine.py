@@ -36,7 +36,7 @@ def machine(config: HardwareConfig, precision: str) -> Machine:
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        rate = config.peak_flops_per_second or matmul_flops_per_second(recipe(precision))
+        rate = config.peak_flops_per_second or matmul_flops_per_second(recipe(precision).high)
         hosts = jax.process_count()
         price = config.price_per_chip_hour
         note = "CPU: free; hardware.price_per_chip_hour sets a price" if price is None else _priced(hosts, price)
