@@ -318,3 +318,46 @@ def test_impossible_value_is_refused(sections, part):
 )
 def test_unusual_but_possible_value_is_accepted(sections):
     check(replaced(**sections))
+
+
+NO_FP8 = "choose one of fp8_deepseek, fp8_deepseek_ue8m0, fp8_tensorwise, fp8_gradient_blocks, mxfp8, or set it to"
+IMPOSSIBLE_FP8 = [
+    ("fp8_deepsek", {}, 'unknown precision "fp8_deepsek"; did you mean fp8_deepseek?'),
+    ("fp8_deepseek", dict(fp8=dict(accumulation="fp24")), 'unknown fp8.accumulation "fp24"; did you mean'),
+    (
+        "fp8_deepseek",
+        dict(monitor=dict(quantisation_every_steps=0)),
+        "quantisation_every_steps is 0, but must be above 0",
+    ),
+    (
+        "bf16",
+        dict(fp8=dict(accumulation="fp22")),
+        f'fp8.accumulation is fp22, but precision "bf16" has no FP8; {NO_FP8} fp32',
+    ),
+    (
+        "fp32",
+        dict(monitor=dict(quantisation_every_steps=5)),
+        f'monitor.quantisation_every_steps is 5, but precision "fp32" has no FP8; {NO_FP8} None',
+    ),
+    *(
+        (
+            name,
+            dict(fp8=dict(accumulation=accumulation)),
+            f'fp8.accumulation "{accumulation}" needs tiles of 128, but precision "{name}" has others; '
+            'choose fp8_deepseek, or set it to "fp32"',
+        )
+        for name, accumulation in (("mxfp8", "fp22"), ("fp8_tensorwise", "fp22_promote128"))
+    ),
+]
+
+
+@pytest.mark.parametrize("precision, sections, part", IMPOSSIBLE_FP8, ids=[part[:50] for *_, part in IMPOSSIBLE_FP8])
+def test_what_a_precision_does_not_have_is_refused(precision, sections, part):
+    assert part in refusal(check, dataclasses.replace(replaced(**sections), precision=precision))
+
+
+@pytest.mark.parametrize("accumulation", ["fp32", "fp22", "fp22_promote128"])
+@pytest.mark.parametrize("precision", ["fp8_deepseek", "fp8_deepseek_ue8m0", "fp8_gradient_blocks"])
+def test_fp8_options_are_accepted_where_they_have_an_effect(precision, accumulation):
+    config = replaced(fp8=dict(accumulation=accumulation), monitor=dict(quantisation_every_steps=1))
+    check(dataclasses.replace(config, precision=precision))

@@ -27,6 +27,7 @@ from dsjax.config import (
     to_dict,
 )
 from dsjax.data.loader import Loader
+from dsjax.numerics.linear import CLASSES
 from dsjax.training import checkpoint, loop
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
@@ -108,7 +109,8 @@ def compile_once():
     compiled, patch = {}, pytest.MonkeyPatch()
 
     def compile_step(config, *rest, original=loop.compile_step):
-        key = (config.model, config.mesh, config.optimizer, config.training.batch_size, config.training.microbatch_size)
+        training, numbers = config.training, (config.precision, config.fp8)
+        key = (config.model, config.mesh, config.optimizer, training.batch_size, training.microbatch_size, *numbers)
         if key not in compiled:
             compiled[key] = original(config, *rest)
         return compiled[key]
@@ -184,6 +186,48 @@ def test_resume_is_bitwise_in_bf16_over_fsdp_and_in_several_rounds(config, tmp_p
     assert min(row["dispatch_rounds"] for row in read_rows(straight / METRICS)) > 1
     for array, want in zip(final_arrays(config, stopped), final_arrays(config, straight), strict=True):
         np.testing.assert_array_equal(array, want)
+
+
+def test_quantisation_is_measured_before_every_nth_step_and_its_row_says_so(config, straight, tmp_path, monkeypatch):
+    steps_done, figures = [], {"weight": {"error": 0.5, "overflow": 0.0, "underflow": 0.25}}
+
+    def measure(state, tokens, values):
+        assert tokens.shape == (3, 8, T + 1) and set(values) >= {"mtp_loss_weight"}
+        steps_done.append(int(state.step))
+        return figures
+
+    monkeypatch.setattr(loop, "measure_quantisation", lambda config, mesh: measure)
+    train(change(config, "monitor", quantisation_every_steps=2), tmp_path)
+    rows = read_rows(tmp_path / METRICS)
+    assert steps_done == [1, 3, 5]
+    assert {row["step"]: row["quantisation"] for row in rows if "quantisation" in row} == dict.fromkeys(
+        (2, 4, 6), figures
+    )
+    assert exact(tmp_path) == exact(straight[0])
+    assert not any("quantisation" in row for row in read_rows(straight[0] / METRICS))
+
+
+@pytest.mark.slow
+def test_a_resumed_and_measured_run_in_fp8_is_bitwise_the_straight_one(config, tmp_path, monkeypatch):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    # One layer compiles faster.
+    config = change(config, "model", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, precision="fp8_deepseek")
+    train(config, straight)
+    measured = change(config, "monitor", quantisation_every_steps=2)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(measured, stopped)
+    train(measured, stopped)
+    assert exact(stopped) == exact(straight)
+    for array, want in zip(final_arrays(config, stopped), final_arrays(config, straight), strict=True):
+        np.testing.assert_array_equal(array, want)
+    assert not any("quantisation" in row for row in read_rows(straight / METRICS))
+    found = {row["step"]: row["quantisation"] for row in read_rows(stopped / METRICS) if "quantisation" in row}
+    assert set(found) == {2, 4, 6}
+    for classes in found.values():
+        assert set(classes) == set(CLASSES)
+        assert all(0.01 < rates["error"] < 0.05 and rates["overflow"] == 0 for rates in classes.values())
 
 
 def test_steps_done_after_the_last_checkpoint_are_done_again_once(config, straight, tmp_path, monkeypatch):

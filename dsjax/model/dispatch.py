@@ -155,7 +155,7 @@ dispatch_weights.defvjp(
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_tokens(x_MD: jax.Array, recipe: Recipe) -> jax.Array:
     """The tokens of all expert ranks, in the order of the ranks. Under an FP8 recipe as a product will take them."""
-    return _gather(x_MD, recipe.after_dispatch.activation)
+    return _gather(x_MD, None if recipe.measures else recipe.after_dispatch.activation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -170,7 +170,7 @@ gather_tokens.defvjp(
 )
 scatter_sums.defvjp(
     lambda y_MD, recipe: (scatter_sums(y_MD, recipe), None),
-    lambda recipe, _, dy_MD: (_gather(dy_MD, recipe.before_combine.gradient),),
+    lambda recipe, _, dy_MD: (_gather(dy_MD, None if recipe.measures else recipe.before_combine.gradient),),
 )
 
 

@@ -4,7 +4,6 @@ Under an FP8 recipe it is the report's Figure 6: Fprop multiplies x in 1x128 til
 1x128 tiles with the same w; Wgrad x and dy in tiles along the tokens, where x is what Fprop multiplied, kept in E4M3.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -92,9 +91,10 @@ def _to_master(dw: jax.Array, w: Weight) -> Weight:
     return Working(dw, None, None) if isinstance(w, Working) else dw.astype(w.dtype)  # type: ignore[arg-type]
 
 
-def _measurements(x: jax.Array, dy: jax.Array, w: Any, groups: Groups | None, recipe: Recipe) -> jax.Array:
-    """What CLASSES says, in the shape of w; x is the input of Fprop, not rounded."""
-    kept = _kept(_keep(x, recipe.cached), recipe.cached, jnp.float32)
+def _measurements(
+    x: jax.Array, kept: jax.Array, dy: jax.Array, w: Any, groups: Groups | None, recipe: Recipe
+) -> jax.Array:
+    """What CLASSES says, in the shape of w; x is the input of Fprop, not rounded, `kept` what Wgrad has of it."""
     operands = (
         (x, quantized(x, recipe.activation, WIDTH, groups, recipe)),
         (w, quantized_weight(w, recipe.weight, -2, recipe)),
@@ -122,7 +122,8 @@ def _linear_fwd(x: jax.Array, w: Weight, groups: Groups | None, recipe: Recipe):
 def _linear_bwd(recipe: Recipe, kept, dy: jax.Array):
     x, w, groups = kept
     if recipe.measures:
-        return _backward(x, dy, w, groups, recipe)[0], _measurements(x, dy, w, groups, recipe), None
+        kept = _kept(_keep(x, recipe.cached), recipe.cached, jnp.float32)
+        return _backward(x, dy, w, groups, recipe)[0], _measurements(x, kept, dy, w, groups, recipe), None
     # Not rounded to the compute dtype in between.
     return *_backward(_kept(x, recipe.cached, jnp.float32), dy, w, groups, recipe), None
 
@@ -141,17 +142,20 @@ def _swiglu(gate: jax.Array, up: jax.Array, row_weights: jax.Array | None) -> ja
 
 
 def _swiglu_linear_fwd(gate, up, row_weights, w, groups: Groups | None, recipe: Recipe):
-    kept = jax.tree.map(partial(checkpoint_name, name="gate_up"), [_keep(a, recipe.cached) for a in (gate, up)])
+    kept = [a if recipe.measures else _keep(a, recipe.cached) for a in (gate, up)]
+    kept = jax.tree.map(partial(checkpoint_name, name="gate_up"), kept)
     return _forward(_swiglu(gate, up, row_weights), w, groups, recipe), (kept, row_weights, w, groups)
 
 
 def _swiglu_linear_bwd(recipe: Recipe, kept, dy: jax.Array):
     inputs, row_weights, w, groups = kept
+    if recipe.measures:
+        exact, inputs = _swiglu(*inputs, row_weights), [_keep(a, recipe.cached) for a in inputs]
     gate, up = (_kept(a, recipe.cached, recipe.dtype) for a in inputs)
     hidden, pull = jax.vjp(_swiglu, gate, up, row_weights)
     dhidden, dw = _backward(hidden, dy, w, groups, recipe)
     if recipe.measures:
-        dw = _measurements(hidden, dy, w, groups, dataclasses.replace(recipe, cached=None))
+        dw = _measurements(exact, hidden, dy, w, groups, recipe)
     return *pull(dhidden), dw, None
 
 
