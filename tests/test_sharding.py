@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dsjax import sharding
 from dsjax.config import ConfigError, MeshConfig, OptimizerConfig, load
-from dsjax.model.moe import EXPERT_SPECS, Execution
+from dsjax.model.moe import Execution, ExpertWeights, expert_specs
 from dsjax.model.transformer import network
 from dsjax.numerics.recipe import recipe
 from dsjax.training import optimizer
@@ -76,8 +76,10 @@ def test_moments_live_where_their_weights_live(published):
 def test_experts_are_stored_as_they_are_used():
     net = network(small.MODEL, small.execution(small.mesh(1, 2, 4)))
     experts = net.param_shardings()["moe_layers"]["mlp"]["experts"]
-    for name, spec in zip(("gate_proj", "up_proj", "down_proj"), EXPERT_SPECS, strict=True):
-        shape = net.shapes["moe_layers"]["mlp"]["experts"][name].shape
+    shapes = net.shapes["moe_layers"]["mlp"]["experts"]
+    names = ("gate_proj", "up_proj", "down_proj")
+    for name, spec in zip(names, expert_specs(ExpertWeights(*(shapes[name] for name in names))), strict=True):
+        shape = shapes[name].shape
         used = NamedSharding(small.mesh(1, 2, 4), PartitionSpec(None, *spec))
         assert experts[name].is_equivalent_to(used, len(shape))
 

@@ -86,7 +86,9 @@ class ExpertWeights(NamedTuple):
 EMBED = ExpertWeights(1, 1, 2)  # their dimension that is cut over fsdp
 
 
-def _specs(weights: ExpertWeights) -> ExpertWeights:
+def expert_specs(weights: ExpertWeights) -> ExpertWeights:
+    """How they enter shard_map, each as it lives on the mesh."""
+
     def one(weight: Weight, dim: int) -> Any:
         spec: Any = PartitionSpec("expert", *[None] * (dim - 1), "fsdp")
         scales: Any = PartitionSpec("expert")
@@ -139,7 +141,7 @@ def routed_experts(
     y_BTD, (load_XE, balance_X, dropped_X, rounds_X) = jax.shard_map(
         local,
         mesh=execution.mesh,
-        in_specs=(BATCH, PartitionSpec(), bias_spec, _specs(weights)),
+        in_specs=(BATCH, PartitionSpec(), bias_spec, expert_specs(weights)),
         out_specs=(BATCH, BATCH),
         check_vma=False,
     )(x_BTD, router_DE, bias_E, weights)

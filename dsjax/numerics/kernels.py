@@ -27,9 +27,7 @@ from jax.typing import DTypeLike
 from dsjax.planning import hardware
 
 TILE = 128  # values along the contraction that share a scale; edge of a weight's block; rows of a kernel's tile
-_ROWS_TOGETHER = (
-    8  # GPU programs that run at the same time share 8 row tiles and as many columns as fit: fewer L2 misses
-)
+_ROWS_TOGETHER = 8  # row tiles that GPU programs running at the same time share, for fewer misses of L2
 # What the rows of b, the columns of the output, must be a multiple of. Hopper's copy engine wants rows of 16 bytes.
 _STEP = {"hopper": 16, "triton": 1, "mosaic": TILE}
 

@@ -150,7 +150,8 @@ def _swiglu_linear_fwd(gate, up, row_weights, w, groups: Groups | None, recipe: 
 def _swiglu_linear_bwd(recipe: Recipe, kept, dy: jax.Array):
     inputs, row_weights, w, groups = kept
     if recipe.measures:
-        exact, inputs = _swiglu(*inputs, row_weights), [_keep(a, recipe.cached) for a in inputs]
+        exact = _swiglu(inputs[0], inputs[1], row_weights)
+        inputs = [_keep(a, recipe.cached) for a in inputs]
     gate, up = (_kept(a, recipe.cached, recipe.dtype) for a in inputs)
     hidden, pull = jax.vjp(_swiglu, gate, up, row_weights)
     dhidden, dw = _backward(hidden, dy, w, groups, recipe)
