@@ -301,6 +301,8 @@ def _bench_products(args: argparse.Namespace) -> None:
     words = [] if args.tokens is None else args.tokens.split(",")
     if not all(word.isdecimal() and int(word) > 0 and int(word) % 16 == 0 for word in words):
         raise ConfigError(f"--tokens is {args.tokens}, but must be multiples of 16, as in --tokens 4096,8192")
+    if args.table is not None and not Path(args.table).parent.is_dir():
+        raise ConfigError(f"--table: the directory {Path(args.table).parent} does not exist; create it first")
     from dsjax.training.product_bench import product_bench, table
 
     figures = product_bench(tuple(map(int, words)) or None)

@@ -253,10 +253,10 @@ def _fp8(config: "Config") -> Iterator[str]:
                     f'{path} is {_value(config, path)}, but precision "{config.precision}" has no FP8; choose one of '
                     f"{', '.join(FP8_PRECISIONS)}, or set it to {off}"
                 )
-    elif config.fp8.accumulation != "fp32" and config.precision in ("fp8_tensorwise", "mxfp8"):
+    elif config.fp8.accumulation != "fp32" and config.precision not in ("fp8_deepseek", "fp8_deepseek_ue8m0"):
         yield (
-            f'fp8.accumulation "{config.fp8.accumulation}" needs tiles of 128, but precision "{config.precision}" has '
-            'others; choose fp8_deepseek, or set it to "fp32"'
+            f'fp8.accumulation "{config.fp8.accumulation}" needs tiles of 1x128, but precision "{config.precision}" has'
+            ' others; choose fp8_deepseek, or set it to "fp32"'
         )
     elif config.fp8.working_copy and config.precision == "mxfp8":
         yield (

@@ -320,6 +320,7 @@ def test_unusual_but_possible_value_is_accepted(sections):
     check(replaced(**sections))
 
 
+COPY_PER_PRODUCT = 'precision "mxfp8" scales weights along what is contracted, so that each product needs its own copy'
 NO_FP8 = "choose one of fp8_deepseek, fp8_deepseek_ue8m0, fp8_tensorwise, fp8_gradient_blocks, mxfp8, or set it to"
 IMPOSSIBLE_FP8 = [
     ("fp8_deepsek", {}, 'unknown precision "fp8_deepsek"; did you mean fp8_deepseek?'),
@@ -339,14 +340,20 @@ IMPOSSIBLE_FP8 = [
         dict(monitor=dict(quantisation_every_steps=5)),
         f'monitor.quantisation_every_steps is 5, but precision "fp32" has no FP8; {NO_FP8} None',
     ),
+    ("bf16", dict(fp8=dict(working_copy=True)), f'fp8.working_copy is True, but precision "bf16" has no FP8; {NO_FP8}'),
+    ("mxfp8", dict(fp8=dict(working_copy=True)), f"fp8.working_copy is True, but {COPY_PER_PRODUCT}"),
     *(
         (
             name,
             dict(fp8=dict(accumulation=accumulation)),
-            f'fp8.accumulation "{accumulation}" needs tiles of 128, but precision "{name}" has others; '
+            f'fp8.accumulation "{accumulation}" needs tiles of 1x128, but precision "{name}" has others; '
             'choose fp8_deepseek, or set it to "fp32"',
         )
-        for name, accumulation in (("mxfp8", "fp22"), ("fp8_tensorwise", "fp22_promote128"))
+        for name, accumulation in (
+            ("mxfp8", "fp22"),
+            ("fp8_tensorwise", "fp22_promote128"),
+            ("fp8_gradient_blocks", "fp22"),
+        )
     ),
 ]
 
@@ -357,7 +364,7 @@ def test_what_a_precision_does_not_have_is_refused(precision, sections, part):
 
 
 @pytest.mark.parametrize("accumulation", ["fp32", "fp22", "fp22_promote128"])
-@pytest.mark.parametrize("precision", ["fp8_deepseek", "fp8_deepseek_ue8m0", "fp8_gradient_blocks"])
+@pytest.mark.parametrize("precision", ["fp8_deepseek", "fp8_deepseek_ue8m0"])
 def test_fp8_options_are_accepted_where_they_have_an_effect(precision, accumulation):
     config = replaced(fp8=dict(accumulation=accumulation), monitor=dict(quantisation_every_steps=1))
     check(dataclasses.replace(config, precision=precision))

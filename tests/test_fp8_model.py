@@ -350,7 +350,7 @@ def test_every_combination_is_refused_before_it_would_fail():
     for name, accumulation in itertools.product(RECIPES, CHOICES["fp8.accumulation"]):
         config = dataclasses.replace(Config(), precision=name, fp8=FP8Config(accumulation=accumulation))
         if refuses(config):
-            with pytest.raises(ConfigError, match=f'needs a precision with tiles of 128.* precision is "{name}"'):
+            with pytest.raises(ConfigError, match=f'needs a precision with tiles of 1x128.* precision is "{name}"'):
                 recipe(name, accumulation)
         else:
             assert recipe(name, accumulation).accumulation == accumulation

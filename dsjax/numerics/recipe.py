@@ -122,15 +122,14 @@ def recipe(name: str, accumulation: str = "fp32", mesh: Mesh | None = None) -> R
     if name not in RECIPES:
         raise ConfigError(f"unknown precision {name!r}; known are {', '.join(RECIPES)}")
     found = RECIPES[name]
-    scalings = (found.activation, found.weight, found.gradient)
-    has_tiles = all(scaling is not None and scaling.contracted == 128 for scaling in scalings)
+    has_tiles = found.activation in (TILES, TILES_UE8M0) and found.gradient == found.activation
     if accumulation != "fp32" and not has_tiles:
         raise ConfigError(
-            f'fp8.accumulation "{accumulation}" needs a precision with tiles of 128, such as fp8_deepseek, but'
+            f'fp8.accumulation "{accumulation}" needs a precision with tiles of 1x128, such as fp8_deepseek, but'
             f' precision is "{name}"; choose one, or "fp32"'
         )
     native = None
-    if mesh is not None and accumulation == "fp32" and found.gradient in (TILES, TILES_UE8M0):
+    if mesh is not None and accumulation == "fp32" and has_tiles:
         if mesh.devices.flat[0].platform != "cpu":
             from dsjax.numerics.kernels import native_form  # Pallas takes a second to import
 
