@@ -14,7 +14,7 @@ their chips (H100; L40 and B200; TPU7x); none has run on hardware yet.
 
 import re
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +161,9 @@ _HALF = TILE // _WARPGROUPS  # rows of one warpgroup
 
 
 def _hopper_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpret):
-    fp8 = (mgpu.TilingTransform((8, 128)), mgpu.SwizzleTransform(128))
-    wide = (mgpu.TilingTransform((8, 128 // out.dtype.itemsize)), mgpu.SwizzleTransform(128))
+    untyped: Any = mgpu  # jax 0.12 declares these classes abstract
+    fp8 = (untyped.TilingTransform((8, 128)), untyped.SwizzleTransform(128))
+    wide = (untyped.TilingTransform((8, 128 // out.dtype.itemsize)), untyped.SwizzleTransform(128))
     product = mgpu.kernel(
         partial(_hopper_kernel, grid=grid),
         out_type=out,
