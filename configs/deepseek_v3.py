@@ -16,10 +16,13 @@ with the weights of the run before:
 length. To train that one further, `--config.init_from=DIRECTORY` with any config takes the architecture from it.
 
 Not the report's: in the extension the routing bias and MTP's weight are as at the end of pretraining, which section
-4.3 does not say; the mesh, the microbatch and what is recomputed (it pipelines over 16 stages). Nobody has trained with
-this file: over 64 expert ranks `all_gather` holds the tokens of all 64, which is more memory and traffic than the
-report's all-to-all takes; and a sequence lives on one device, so that the extension's 480 sequences keep at most 480
-devices busy, and 32 of them hold the weights.
+4.3 does not say; the mesh, the microbatch and what is recomputed (it pipelines over 16 stages).
+Nobody has trained with this file. A sequence lives on one device, so that the extension's 480 sequences keep at most
+480 devices busy, and 32 of them hold the weights. Which mesh, microbatch and recomputation fit a pod, how long the run
+would take there and what it would cost:
+
+    dsjax plan --config configs/deepseek_v3.py --hardware v5p --chips 1024 --search
+
 Left out: the random splitting of tokens that join punctuation and a line break (section 4.1).
 """
 

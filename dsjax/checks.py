@@ -20,10 +20,13 @@ POSITIVE = """
     model.qk_nope_head_dim model.qk_rope_head_dim model.v_head_dim model.rope_theta
     model.max_position_embeddings model.rms_norm_eps model.initializer_range
     model.rope_scaling.original_max_position_embeddings model.rope_scaling.beta_fast model.rope_scaling.beta_slow
-    mesh.fsdp mesh.expert dispatch.capacity_factor
+    dispatch.capacity_factor dispatch.ranks_per_node dispatch.chunks
     optimizer.learning_rate optimizer.eps optimizer.clip_norm
     training.total_steps training.batch_size training.microbatch_size training.initial_batch_size
     training.loss_chunk_size checkpoint.every_steps checkpoint.keep_last
+    checkpoint.keep_every checkpoint.keep_best
+    monitor.watchdog_seconds monitor.device_check_every_steps
+    divergence.window divergence.spike_std divergence.skip_steps
     evaluation.every_steps evaluation.sequences monitor.expert_load_every_steps monitor.quantisation_every_steps
     hardware.peak_flops_per_second
 """.split()
@@ -35,7 +38,7 @@ NOT_NEGATIVE = """
     optimizer.hold_tokens optimizer.final_learning_rate optimizer.weight_decay
     training.seed training.batch_ramp_tokens training.mtp_loss_weight training.mtp_loss_weight_final
     training.mtp_switch_tokens training.bias_update_speed training.bias_update_tokens
-    hardware.price_per_chip_hour
+    hardware.price_per_chip_hour divergence.max_skipped divergence.spike_rise divergence.max_rollbacks
 """.split()
 
 FP8_PRECISIONS = ("fp8_deepseek", "fp8_deepseek_ue8m0", "fp8_tensorwise", "fp8_gradient_blocks", "mxfp8")
@@ -47,9 +50,15 @@ CHOICES = {
     "model.scoring_func": ("sigmoid", "softmax"),
     "model.rope_scaling.type": ("yarn",),
     "model.mtp_hidden_state": ("post_norm", "pre_norm"),
-    "dispatch.form": ("auto", "local", "all_gather"),
+    "dispatch.form": ("auto", "local", "all_gather", "all_to_all"),
     "optimizer.moment_dtype": ("bfloat16", "float32"),
     "training.remat": ("none", "deepseek", "full"),
+}
+
+OPEN = {  # axes that may be left open, and what -1 then means
+    "mesh.data": "what the other axes leave",
+    "mesh.fsdp": "as far as devices and weights divide",
+    "mesh.expert": "the size that moves the fewest bytes",
 }
 
 NOT_EMPTY = ("init_from", "data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
@@ -68,6 +77,7 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _fp8(config)
     yield from _optimizer(config.optimizer)
     yield from _phases(config.training)
+    yield from _checkpoints(config)
 
 
 def _value(config: "Config", path: str) -> Any:
@@ -98,8 +108,9 @@ def _single_fields(config: "Config") -> Iterator[str]:
         yield "data.validation_fraction is 0, but a run measures its validation loss; set it above 0"
     if config.model.num_nextn_predict_layers not in (0, 1):
         yield f"model.num_nextn_predict_layers is {config.model.num_nextn_predict_layers}, but must be 0 or 1"
-    if config.mesh.data < 1 and config.mesh.data != -1:
-        yield f"mesh.data is {config.mesh.data}, but must be above 0, or -1 for what the other axes leave"
+    for name, meaning in OPEN.items():
+        if _value(config, name) < 1 and _value(config, name) != -1:
+            yield f"{name} is {_value(config, name)}, but must be above 0, or -1 for {meaning}"
 
 
 def _routing(model: "ModelConfig") -> Iterator[str]:
@@ -165,9 +176,9 @@ def _positions(config: "Config") -> Iterator[str]:
 def _mesh(config: "Config") -> Iterator[str]:
     model, mesh = config.model, config.mesh
     has_experts = model.num_moe_layers > 0 or model.num_nextn_predict_layers > 0
-    if has_experts and model.n_routed_experts % mesh.expert:
+    if has_experts and model.n_routed_experts % max(mesh.expert, 1):
         yield f"model.n_routed_experts = {model.n_routed_experts} cannot be divided over mesh.expert = {mesh.expert}"
-    shards = mesh.fsdp * mesh.expert
+    shards = max(mesh.fsdp, 1) * max(mesh.expert, 1)
     for name in ("hidden_size", "q_lora_rank", "kv_lora_rank"):
         size = getattr(model, name)
         if size is not None and size % shards:
@@ -175,25 +186,36 @@ def _mesh(config: "Config") -> Iterator[str]:
                 f"model.{name} = {size} cannot be divided over mesh.fsdp x mesh.expert = {shards}; "
                 "make them smaller and mesh.data larger"
             )
+    node = config.dispatch.ranks_per_node
+    if node is not None and mesh.expert > node and mesh.expert % node:
+        yield (
+            f"mesh.expert = {mesh.expert} is not a multiple of dispatch.ranks_per_node = {node}: nodes would share"
+            " expert ranks"
+        )
     if config.dispatch.form == "local" and mesh.expert > 1:
         yield (
             f'dispatch.form "local" moves no tokens, but mesh.expert = {mesh.expert} spreads the experts; '
             'use "all_gather" or "auto"'
         )
     if config.evaluation.sequences % _known_devices(mesh):
-        yield (
-            f"evaluation.sequences = {config.evaluation.sequences} cannot be divided over {_axes(mesh)} = "
-            f"{_known_devices(mesh)} devices"
-        )
+        yield uneven("evaluation.sequences", config.evaluation.sequences, _known_devices(mesh), f"{_axes(mesh)} = ")
+
+
+def uneven(name: str, sequences: int, devices: int, axes: str = "") -> str:
+    """The sentence for `sequences` that do not spread over `devices`, with the nearest numbers that do."""
+    below = sequences // devices * devices
+    near = f"{below} or {below + devices}" if below else f"{devices}, or fewer devices"
+    return f"{name} = {sequences} sequences cannot be divided over {axes}{devices} devices; make it {near}"
 
 
 def _known_devices(mesh: "MeshConfig") -> int:
-    """The devices that a batch is divided over; a factor of them while mesh.data is still open."""
-    return max(mesh.data, 1) * mesh.fsdp * mesh.expert
+    """The devices that a batch is divided over; a factor of them while axes are still open."""
+    return math.prod(max(size, 1) for size in (mesh.data, mesh.fsdp, mesh.expert))
 
 
 def _axes(mesh: "MeshConfig") -> str:
-    return "mesh.fsdp x mesh.expert" if mesh.data == -1 else "mesh.data x mesh.fsdp x mesh.expert"
+    known = [f"mesh.{name}" for name in ("data", "fsdp", "expert") if getattr(mesh, name) != -1]
+    return " x ".join(known)
 
 
 def _batches(mesh: "MeshConfig", training: "TrainingConfig") -> Iterator[str]:
@@ -202,7 +224,7 @@ def _batches(mesh: "MeshConfig", training: "TrainingConfig") -> Iterator[str]:
         micro, name = training.batch_size, "training.batch_size"
     devices = _known_devices(mesh)
     if micro % devices:
-        yield f"{name} = {micro} sequences cannot be divided over {_axes(mesh)} = {devices} devices"
+        yield uneven(name, micro, devices, f"{_axes(mesh)} = ")
     if training.batch_size % micro:
         yield f"training.batch_size = {training.batch_size} is not a multiple of training.microbatch_size = {micro}"
     start = training.initial_batch_size
@@ -289,3 +311,17 @@ def _phases(training: "TrainingConfig") -> Iterator[str]:
         )
     if training.seed >= 2**32:
         yield f"training.seed is {training.seed}, but must be below {2**32}"
+
+
+def _checkpoints(config: "Config") -> Iterator[str]:
+    saved, measured = config.checkpoint.every_steps, config.evaluation.every_steps
+    if config.checkpoint.keep_every is not None and (saved is None or config.checkpoint.keep_every % saved):
+        yield (
+            f"checkpoint.keep_every is {config.checkpoint.keep_every}, but checkpoints are written every"
+            f" checkpoint.every_steps = {saved} steps; make it a multiple of them"
+        )
+    if config.checkpoint.keep_best is not None and (saved is None or measured is None or saved % measured):
+        yield (
+            f"checkpoint.keep_best needs a validation loss at every checkpoint, but evaluation.every_steps = {measured}"
+            f" does not divide checkpoint.every_steps = {saved}; set both alike"
+        )

@@ -87,20 +87,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, outer to inner; `data = -1` takes what the others leave."""
+    """Devices along each mesh axis, outer to inner; what is left open, planning/layout.py fills in."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
+    data: int = -1  # -1: what the other axes leave
+    fsdp: int = 1  # -1: as far as devices and weights divide
+    expert: int = 1  # -1: the size that moves the fewest bytes, by the closed form of planning/collectives.py
 
 
 @dataclass(frozen=True)
 class DispatchConfig:
     """How tokens reach their experts. Nothing is ever dropped: what a buffer cannot hold goes in further rounds."""
 
-    form: str = "auto"  # "local", "all_gather", or "auto": local on one expert rank, else all_gather
-    # Rows of the receive buffer, over the perfectly balanced load; on one expert rank it always holds everything.
+    # "local" (one expert rank), "all_gather", "all_to_all", or "auto": what moves the fewest bytes.
+    form: str = "auto"
+    # Rows of a buffer, over the load expected when all experts are equally busy; a rank that owns all experts always
+    # has room for everything.
     capacity_factor: float = 1.25
+    # Consecutive expert ranks that share a fast link (8 GPUs of a node). Where the expert axis is longer, all_to_all
+    # works in two levels: once to each node over the slow link, then fanned out. None: one level.
+    ranks_per_node: int | None = None
+    chunks: int = 1  # parts of a device's tokens, one after the other through the experts: buffers shrink, weights stay
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,23 @@ class CheckpointConfig:
 
     every_steps: int | None = 100  # None: only at the end and on interruption
     keep_last: int = 2
+    keep_every: int | None = None  # steps that are multiples of it are kept for good; None: none of them
+    keep_best: int | None = None  # as many with the lowest validation losses are kept; None: none
+    verify: bool = True  # before a run goes on, compare the checkpoint's files with their digests
+
+
+@dataclass(frozen=True)
+class DivergenceConfig:
+    """What a run does where its loss is no number or leaps up."""
+
+    # A step whose loss or gradient is not finite leaves weights, moments and routing biases as they are.
+    skip_nonfinite: bool = True
+    max_skipped: int = 10  # such steps among the last `window`; one more ends the run
+    window: int = 100  # steps that a loss is compared with; half of them must be there
+    spike_std: float | None = 10.0  # a spike is so many standard deviations above their mean; None: nothing is one
+    spike_rise: float = 1.0  # and at least so many nats above it
+    skip_steps: int = 2  # batches left out after going back: the spike's and those before it
+    max_rollbacks: int = 3  # to the same checkpoint; one more ends the run
 
 
 @dataclass(frozen=True)
@@ -195,6 +218,10 @@ class MonitorConfig:
     expert_load_every_steps: int | None = 10  # rows of expert_load.jsonl; None: none
     # Error, overflow and underflow of FP8 operands, by one more pass over a microbatch; None: not measured.
     quantisation_every_steps: int | None = None
+    # How often to see whether replicated arrays are equal on all devices, and a fixed batch has the loss it began with.
+    device_check_every_steps: int | None = None  # None: never
+    # A run in which no step, checkpoint or validation ends for so long tells where it hangs, and exits. None: it waits.
+    watchdog_seconds: float | None = 1800.0
     compile_cache: str | None = "~/.cache/dsjax/xla"  # XLA's persistent compile cache; None: off
 
 
@@ -221,6 +248,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -256,7 +284,7 @@ def load(path: str, overrides: Iterable[str] = (), adopt: Adopt | None = None) -
         changes[name] = text
     if "init_from" in changes:
         override(Config, values, "init_from", changes["init_from"])
-    if adopt and values.get("init_from") and isinstance(values["init_from"], str):
+    if adopt and values.get("init_from") and isinstance(values["init_from"], str) and "\0" not in values["init_from"]:
         adopt(values, values["init_from"])
     for name, text in changes.items():
         override(Config, values, name, text)

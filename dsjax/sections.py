@@ -50,6 +50,8 @@ def override(root: type, values: dict[str, Any], path: str, text: str) -> None:
     """
     if path not in paths(root):
         raise ConfigError(unknown(root, path))
+    if "\0" in text:
+        raise ConfigError(f"{path} holds a null character")
     *parents, last = path.split(".")
     section = root
     for depth, name in enumerate(parents):
@@ -124,16 +126,25 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return None
     if dataclasses.is_dataclass(inner) and isinstance(inner, type):
         return build(inner, value, path)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
     if inner is int and is_number and value == int(value):
         return int(value)
     if inner is float and is_number:
         return float(value)
+    if inner is str and isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{path} holds a null character")
     if inner in (bool, str) and isinstance(value, inner):
         return value
     if typing.get_origin(inner) is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(typing.get_args(inner)[0], item, path) for item in value)
     raise ConfigError(f"{path} must be {_description(inner)}{' or None' * (inner is not kind)}, but got {value!r}")
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False
 
 
 def _description(kind: Any) -> str:

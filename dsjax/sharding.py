@@ -1,64 +1,114 @@
 """The device mesh, and where every weight lives on it.
 
-Weights declare logical axes (`("embed", "mlp")`); `RULES` says over which mesh axes each logical axis is cut.
-A mesh axis cuts a tensor once: the first dimension that claims it has it. What cannot be cut evenly is an
-error, never quietly replicated.
+Weights declare logical axes (`("embed", "mlp")`); planning/placement.py says over which mesh axes each is cut.
 """
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import ConfigError, MeshConfig
+from dsjax.planning import layout
+from dsjax.planning.placement import AXES, cuts
 
-AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # sequences are spread over the whole mesh
 REPLICATED = PartitionSpec()
-
-RULES: Mapping[str, tuple[str, ...]] = {
-    "layers": (),
-    "vocab": (),
-    "embed": ("fsdp", "expert"),
-    "latent": ("fsdp", "expert"),  # q_b and kv_b have no hidden dimension, and are large
-    "heads": (),
-    "mlp": (),
-    "norm": (),
-    "bias": (),
-    "concat": (),  # the two halves that enter MTP's eh_proj
-    "router": (),
-    "expert": ("expert",),
-}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices (or `devices`), axes outer to inner as in `AXES`.
 
+    Neighbours on the inner axes are neighbours in the machine: on a TPU torus and its hosts, on the GPUs of a node.
+    Several TPU slices divide `data`, whose gradients alone then cross the data-centre network.
+
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, do not divide over slices or processes, or others
+        than data are open.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    filled = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(filled.values()) != len(devices):
-        asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    sizes = layout.fill(config, None, len(devices))
+    check_processes(sizes, devices)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_processes(sizes: Mapping[str, int], devices: Sequence[Any]) -> None:
+    """Raises ConfigError unless the processes have equal numbers of devices, over which the expert axis divides."""
+    local = Counter(device.process_index for device in devices)
+    if len(local) == 1:
+        return
+    (most, most_of), *_, (least, least_of) = [(one, of) for of, one in local.most_common()]
+    if most != least:
         raise ConfigError(
-            f"the mesh ({asked}) does not fit {len(devices)} device(s): make config.mesh multiply to that number,"
-            " or simulate more devices on the CPU with --devices N"
+            f"process {least_of} has {least} device(s) and process {most_of} has {most}, but all need equally many:"
+            " give every process the same number"
         )
-    return jax.make_mesh(tuple(filled.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    expert = sizes["expert"]
+    if expert % most and most % expert:
+        raise ConfigError(
+            f"mesh.expert = {expert} does not divide over {len(local)} processes of {most} devices each: ranks that"
+            f" exchange tokens would share their links unevenly; make it a divisor or a multiple of {most}"
+        )
+
+
+def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array over `AXES`, ordered by where they are.
+
+    Raises:
+      ConfigError: `data` does not divide over TPU slices, or the axes do not lie in the torus.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    is_tpu = devices[0].platform == "tpu"
+    # Elsewhere slices are nodes, whose order is that of the devices' ids; their number need not divide `data`.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if is_tpu else 1
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"mesh.data = {sizes['data']} does not divide over {slices} TPU slices, between which only gradients should"
+            f" travel: make it a multiple of {slices}"
+        )
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        inner = (sizes["data"] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the mesh ({asked}) does not lie in the torus of {len(devices)} TPUs ({reason}); choose sizes that"
+            " multiply from the topology's"
+        ) from error
+
+
+def check_nodes(ranks_per_node: int | None, mesh: Mesh) -> None:
+    """Raises ConfigError where the expert ranks that dispatch takes for a node cannot be one.
+
+    What is known of nodes: the devices of one process share one; on GPUs, those of one `slice_index` share NVLink.
+    """
+    if ranks_per_node is None or mesh.shape["expert"] <= ranks_per_node:
+        return
+    devices = list(mesh.devices.flat)
+    local = max(Counter(device.process_index for device in devices).values())
+    if mesh.size > local and ranks_per_node % local and local % ranks_per_node:
+        raise ConfigError(
+            f"dispatch.ranks_per_node = {ranks_per_node} does not fit processes of {local} devices each: a node would"
+            f" begin or end inside one; make it the number of devices of a node, a multiple of {local}"
+        )
+    nodes = Counter(getattr(device, "slice_index", 0) for device in devices if device.platform == "gpu")
+    if nodes and max(nodes.values()) % ranks_per_node:
+        raise ConfigError(
+            f"dispatch.ranks_per_node = {ranks_per_node}, but {max(nodes.values())} GPUs share NVLink here: make it"
+            " that number, or a divisor"
+        )
 
 
 def check_batch(name: str, sequences: int, mesh: Mesh) -> None:
     """Raises ConfigError unless `sequences` spread evenly over the mesh."""
-    if sequences % mesh.size:
-        raise ConfigError(
-            f"{name} = {sequences} sequences cannot be spread evenly over {mesh.size} devices:"
-            f" make it a multiple of {mesh.size}"
-        )
+    layout.check_batch(name, sequences, mesh.size)
 
 
 def partition(axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str = "tensor") -> PartitionSpec:
@@ -73,21 +123,7 @@ def partition(axes: Sequence[str], shape: Sequence[int], mesh: Mesh, name: str =
     Raises:
       ConfigError: an unknown logical axis, or a dimension that the mesh does not divide.
     """
-    spec: list[tuple[str, ...] | None] = []
-    taken: set[str] = set()
-    for axis, size in zip(axes, shape, strict=True):
-        if axis not in RULES:
-            raise ConfigError(f"{name} has the unknown logical axis {axis!r}; known are {', '.join(RULES)}")
-        cut = tuple(a for a in RULES[axis] if a not in taken and mesh.shape[a] > 1)
-        ways = math.prod(mesh.shape[a] for a in cut)
-        if size % ways:
-            raise ConfigError(
-                f"{name}: its {axis} dimension of {size} is not divisible by {ways} ({' x '.join(cut)}):"
-                " choose smaller mesh.fsdp or mesh.expert, and grow mesh.data instead"
-            )
-        taken.update(cut)
-        spec.append(cut or None)
-    return PartitionSpec(*spec)
+    return PartitionSpec(*(cut or None for cut in cuts(axes, shape, mesh.shape, name)))
 
 
 def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:

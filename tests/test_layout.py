@@ -17,7 +17,9 @@ ROOMS = [
     "data",
     "hub",
     "training",
+    "aot",
     "inference",
+    "commands",
     "__main__",
 ]
 
@@ -30,7 +32,7 @@ FENCES = {  # library: the places that may import it, as prefixes of paths insid
     "grain": ("data/",),
 }
 WITHOUT_JAX = (
-    *("__init__.py", "sections.py", "checks.py", "config.py", "planning/", "training/adoption.py"),
+    *("__init__.py", "sections.py", "checks.py", "config.py", "planning/", "commands/", "training/adoption.py"),
     *("hub/families.py", "hub/architecture.py", "hub/directory.py", "hub/safetensors.py"),
 )
 

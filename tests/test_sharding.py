@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+import random
+import types
 
 import jax
 import pytest
 import small
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dsjax import sharding
 from dsjax.config import ConfigError, MeshConfig, OptimizerConfig, load
-from dsjax.model.moe import Execution, ExpertWeights, expert_specs
+from dsjax.model.experts import ExpertWeights, expert_specs
+from dsjax.model.moe import Execution
 from dsjax.model.transformer import network
 from dsjax.numerics.recipe import recipe
 from dsjax.training import optimizer
@@ -106,14 +109,121 @@ def test_unknown_logical_axis_names_the_known_ones():
 
 def test_mesh_takes_what_is_left_and_refuses_what_does_not_fit():
     assert dict(sharding.make_mesh(MeshConfig(-1, 1, 4)).shape) == {"data": 2, "fsdp": 1, "expert": 4}
+    assert dict(sharding.make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "expert": 2}
+    assert set(sharding.make_mesh(MeshConfig()).axis_types) == {AxisType.Auto}
     for sizes in (MeshConfig(1, 1, 4), MeshConfig(-1, 3, 1), MeshConfig(2, 2, 4), MeshConfig(-1, 16, 1)):
         with pytest.raises(ConfigError, match=r"does not fit 8 device\(s\)"):
             sharding.make_mesh(sizes)
+    for sizes, names in ((MeshConfig(-1, -1, 2), "mesh.data and mesh.fsdp"), (MeshConfig(2, 1, -1), "mesh.expert")):
+        with pytest.raises(ConfigError, match=f"{names} = -1, but .* only mesh.data or mesh.fsdp is filled in"):
+            sharding.make_mesh(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX tells of a device that it has none of here."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    coords: tuple[int, int, int] | None = None
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+
+
+def torus(x: int, y: int, z: int, slice_index: int = 0) -> list[Device]:
+    """A slice of v5p, a host for each 2 x 2 x 1 chips, in the order of their hosts."""
+    places = [(a, b, c) for c in range(z) for b in range(y) for a in range(x)]
+    hosts = sorted({(a // 2, b // 2, c) for a, b, c in places})
+    first = slice_index * len(hosts)
+    found = [(first + hosts.index((a // 2, b // 2, c)), (a, b, c)) for a, b, c in places]
+    return [
+        Device(slice_index * len(places) + i, host, slice_index, place) for i, (host, place) in enumerate(sorted(found))
+    ]
+
+
+def gpus(nodes: int, each: int, processes_per_node: int = 1) -> list[Device]:
+    per = each // processes_per_node
+    return [
+        Device(i, i // per, slice_index=i // each, platform="gpu", device_kind="NVIDIA H100")
+        for i in range(nodes * each)
+    ]
+
+
+def steps(a: Device, b: Device, size: tuple[int, int, int]) -> int:
+    """Links of the torus between two chips."""
+    return sum(min((p - q) % n, (q - p) % n) for p, q, n in zip(a.coords, b.coords, size, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 16), (4, 1, 16), (2, 2, 16), (1, 16, 4), (8, 1, 8)])
+def test_neighbours_on_the_expert_axis_are_neighbours_in_the_torus(sizes):
+    """Whatever order they come in, the ranks of an axis fill a box, which has links of its own."""
+    devices = torus(4, 4, 4)
+    random.Random(1).shuffle(devices)
+    arranged = sharding.arrange(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+    assert arranged.shape == sizes and len({device.id for device in arranged.flat}) == 64
+    for group in arranged.reshape(-1, sizes[2]):
+        assert math.prod(len({device.coords[dim] for device in group}) for dim in range(3)) == sizes[2]
+
+
+def test_an_axis_may_take_a_part_of_a_torus_axis():
+    arranged = sharding.arrange({"data": 1, "fsdp": 16, "expert": 64}, torus(8, 8, 16))
+    assert arranged.shape == (1, 16, 64) and len({device.id for device in arranged.flat}) == 1024
+    arranged = sharding.arrange({"data": 1, "fsdp": 32, "expert": 2}, torus(4, 4, 4))
+    assert all(steps(*pair, (4, 4, 4)) == 1 for pair in arranged.reshape(-1, 2))
+
+
+def test_slices_divide_the_data_axis_alone():
+    devices = [device for index in range(2) for device in torus(2, 2, 4, index)]
+    arranged = sharding.arrange({"data": 4, "fsdp": 2, "expert": 4}, devices)
+    of_slice = [[{device.slice_index for device in row.flat} for row in half] for half in (arranged[:2], arranged[2:])]
+    assert of_slice == [[{0}, {0}], [{1}, {1}]]
+    with pytest.raises(ConfigError, match="mesh.data = 1 does not divide over 2 TPU slices"):
+        sharding.arrange({"data": 1, "fsdp": 8, "expert": 4}, devices)
+
+
+def test_gpus_of_a_node_are_together_whatever_order_they_come_in():
+    devices = gpus(4, 8)
+    shuffled = devices[5:] + devices[:5]
+    arranged = sharding.arrange({"data": 1, "fsdp": 4, "expert": 8}, shuffled)
+    assert [{device.slice_index for device in row.flat} for row in arranged[0]] == [{0}, {1}, {2}, {3}]
+
+
+def test_processes_must_have_equal_shares_over_which_experts_divide():
+    sharding.check_processes({"data": 1, "fsdp": 2, "expert": 16}, gpus(4, 8))
+    sharding.check_processes({"data": 8, "fsdp": 1, "expert": 4}, gpus(4, 8))
+    with pytest.raises(ConfigError, match=r"process 4 has 4 device\(s\) and process 0 has 8"):
+        sharding.check_processes(
+            {"data": 1, "fsdp": 1, "expert": 36}, gpus(4, 8) + [Device(40 + i, 4) for i in range(4)]
+        )
+    with pytest.raises(ConfigError, match="mesh.expert = 12 does not divide over 3 processes of 8 devices each"):
+        sharding.check_processes({"data": 2, "fsdp": 1, "expert": 12}, gpus(3, 8))
+
+
+def test_ranks_of_a_node_are_checked_against_processes_and_nvlink():
+    def check(ranks_per_node, devices, expert):
+        shape = {"data": 1, "fsdp": len(devices) // expert, "expert": expert}
+        arranged = sharding.arrange(shape, devices)
+        mesh = types.SimpleNamespace(shape=shape, size=len(devices), devices=arranged)
+        sharding.check_nodes(ranks_per_node, mesh)
+
+    for fits in (None, 8, 4):
+        check(fits, gpus(4, 8), 32)
+        check(fits, gpus(4, 8, processes_per_node=8), 32)
+    check(12, gpus(4, 8), 8)  # one level: nothing is taken for a node
+    with pytest.raises(ConfigError, match="ranks_per_node = 12 does not fit processes of 8 devices each"):
+        check(12, gpus(3, 8), 24)
+    with pytest.raises(ConfigError, match="ranks_per_node = 16, but 8 GPUs share NVLink here"):
+        check(16, gpus(4, 8), 32)
+    with pytest.raises(ConfigError, match="ranks_per_node = 16, but 8 GPUs share NVLink here"):
+        check(16, gpus(4, 8, processes_per_node=8), 32)
+    check(2, [Device(i, i, platform="cpu", device_kind="cpu") for i in range(4)], 4)  # simulated nodes of two processes
 
 
 def test_batch_must_spread_evenly():
     sharding.check_batch("training.microbatch_size", 16, small.mesh(2, 1, 4))
-    with pytest.raises(ConfigError, match="training.microbatch_size = 12 .* multiple of 8"):
+    with pytest.raises(ConfigError, match="training.microbatch_size = 12 .* make it 8 or 16"):
         sharding.check_batch("training.microbatch_size", 12, small.mesh(2, 1, 4))
 
 

@@ -81,19 +81,28 @@ def flops_per_token(model: ModelConfig, sequence_length: int, *, causal: bool = 
     `causal` counts the pairs that are attended, otherwise all. `mtp` adds the MTP module and its pass through
     the head. 250.46e9 for DeepSeek-V3 at 4,096 tokens.
     """
-    pairs = (sequence_length + 1) / 2 if causal else sequence_length
-    attention = pairs * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    head = model.vocab_size * model.hidden_size
-    dense = _swiglu(model.hidden_size, model.intermediate_size)
-    projections = _attention(model) - _latent_norms(model) - _biases(model)
-    moe = _active_feed_forward(model)
+    return sum(flops_by_part(model, sequence_length, causal=causal, mtp=mtp).values())
 
-    multiplies = model.num_hidden_layers * (projections + attention) + head
-    multiplies += model.first_k_dense_replace * dense + model.num_moe_layers * moe
-    if mtp:
-        join = 2 * model.hidden_size**2
-        multiplies += model.num_nextn_predict_layers * (projections + attention + moe + join + head)
-    return 3 * 2 * float(multiplies)
+
+def flops_by_part(
+    model: ModelConfig, sequence_length: int, *, causal: bool = True, mtp: bool = False
+) -> dict[str, float]:
+    """The parts of `flops_per_token`; with `mtp`, the MTP module's are among them."""
+    hidden, depth = model.hidden_size, model.num_nextn_predict_layers if mtp else 0
+    pairs = (sequence_length + 1) / 2 if causal else sequence_length
+    layers, moe_layers = model.num_hidden_layers + depth, model.num_moe_layers + depth
+    width = model.moe_intermediate_size
+    multiplies = {
+        "attention projections": layers * (_attention(model) - _latent_norms(model) - _biases(model)),
+        "attention core": layers * pairs * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim),
+        "dense feed-forward": model.first_k_dense_replace * _swiglu(hidden, model.intermediate_size),
+        "routed experts": moe_layers * _swiglu(hidden, model.num_experts_per_tok * width),
+        "shared experts": moe_layers * _swiglu(hidden, model.shared_intermediate_size),
+        "gate": moe_layers * model.n_routed_experts * hidden,
+        "head": (1 + depth) * model.vocab_size * hidden,
+        "MTP projection": depth * 2 * hidden**2,
+    }
+    return {part: 3 * 2 * float(count) for part, count in multiplies.items()}
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
