@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from small import FP32, assert_trees_close
 
+from dsjax.numerics import grouped_kernels
 from dsjax.numerics import grouped_matmul as forms
-from dsjax.numerics.grouped_matmul import ROW_BLOCK, Groups, row_block
+from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.linear import linear
 from dsjax.numerics.recipe import recipe
+from dsjax.planning.buffers import ROW_BLOCK, row_block
 
 BLOCK, ROWS, GROUPS, D, F = 8, 64, 4, 12, 20
 SIZES = {
@@ -60,6 +62,51 @@ def test_values_and_both_gradients_equal_a_loop(form, sizes):
     x, w, dy = operands()
     expected = by_loop(x, w, dy, sizes)
     assert_trees_close(form(x, w, dy, jnp.array(sizes, jnp.int32)), expected, 2e-6)
+
+
+@pytest.mark.parametrize("sizes", [[256, 0, 128, 128], [0, 640, 0, 0], [128, 128, 0, 0]], ids=str)
+def test_the_kernel_of_tpus_gives_the_weight_gradient(sizes):
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((640, n)), jnp.bfloat16) for n in (200, 130))
+    groups = Groups(jnp.array(sizes, jnp.int32), 128)
+    x = jnp.where(jnp.arange(640)[:, None] < sum(sizes), x, 0)
+    expected = forms.weight_gradient(x, dy, groups, recipe("bf16").precision)
+    assert_trees_close(forms.megablox_weight_gradient(x, dy, groups.sizes_E, interpret=True), expected, 1e-5)
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("blocks", [[1, 0, 3, 2], [0, 7, 0, 0], [2, 2, 0, 1], [0, 0, 0, 0]], ids=str)
+def test_the_kernels_of_gpus_equal_the_form_of_cpus(blocks, block):
+    rng = np.random.default_rng(0)
+    rows, width, columns = 7 * block, 48, 144
+    x, dy, w = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((rows, width), (rows, columns), (4, width, columns))
+    )
+    groups = Groups(jnp.array(blocks, jnp.int32) * block, block)
+    owners, used = forms.block_owners(groups, 7)
+    times = partial(forms.rows_times_weights, groups=groups, precision=recipe("bf16").precision, dtype=jnp.float32)
+    for rows_of, transposed in ((x, False), (dy, True)):
+        ours = grouped_kernels.rows_times(rows_of, w, owners, used, jnp.float32, transposed=transposed, interpret=True)
+        assert_trees_close(ours, times(rows_of, w, transposed=transposed), 1e-5)
+    expected = forms.weight_gradient(x, dy, groups, recipe("bf16").precision)
+    assert_trees_close(grouped_kernels.weight_gradient(x, dy, groups.sizes_E, block, interpret=True), expected, 1e-5)
+
+
+@pytest.mark.parametrize("width, kernels", [(64, 3), (40, 0)], ids=["whole tiles", "no whole tiles"])
+def test_gpus_multiply_bf16_by_kernels(width, kernels):
+    x, dy, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((256, width), (256, 32), (4, width, 32)))
+
+    def run(x, dy, w, sizes):
+        groups, precision = Groups(sizes, 32), recipe("bf16").precision
+        times = partial(
+            forms.rows_times_weights, groups=groups, precision=precision, dtype=jnp.bfloat16, platform="gpu"
+        )
+        gradient = forms.weight_gradient(x, dy, groups, precision, "gpu")
+        return times(x, w, transposed=False), times(dy, w, transposed=True), gradient
+
+    traced = jax.jit(run).trace(x, dy, w, jax.ShapeDtypeStruct((4,), jnp.int32))
+    assert str(traced.jaxpr).count("pallas_call[") == kernels
 
 
 def test_rows_past_the_groups_are_zero():

@@ -26,11 +26,11 @@ class Scaled(NamedTuple):
 
 
 class Working(NamedTuple):
-    """A weight with a copy of it in E4M3, made once a step: products take the copy, the master gets the gradient."""
+    """A weight with a rounded copy of it: products take the copy, the master gets the gradient, in FP32."""
 
     master: jax.Array
-    values: jax.Array  # E4M3 as bytes: uint8, for which there is no gradient
-    scale: jax.Array
+    values: jax.Array  # E4M3 as bytes, uint8, made once a step; or, where nothing is quantised, the compute dtype
+    scale: jax.Array | None  # of E4M3
 
 
 Weight = jax.Array | Working
@@ -54,11 +54,10 @@ def quantized(x: jax.Array, scaling: Scaling | None, contracted: int, groups: Gr
 
 def quantized_weight(w: Weight, scaling: Scaling | None, contracted: int, recipe: Recipe) -> Operand:
     """A weight [..., D, F] as an operand; each expert's matrix is a tensor of its own."""
-    if isinstance(w, Working):
-        assert scaling is not None
-        return _working_operand(w, _tiles(w.values.ndim, scaling, contracted), recipe)
     if scaling is None:
-        return w.astype(recipe.operand_dtype)
+        return w.values if isinstance(w, Working) else w.astype(recipe.operand_dtype)
+    if isinstance(w, Working):
+        return _working_operand(w, _tiles(w.values.ndim, scaling, contracted), recipe)
     return _operand(w, _tiles(w.ndim, scaling, contracted), scaling.scale_format, recipe)
 
 
@@ -77,6 +76,7 @@ def _working_operand(w: Working, tiles: list[int | None], recipe: Recipe) -> Ope
     if recipe.mesh is not None and values.ndim == 2:
         # Said here, or the partitioner gathers what is made of the bytes.
         values = lax.with_sharding_constraint(values, replicated(recipe.mesh))
+    assert w.scale is not None
     q = lax.bitcast_convert_type(values, fp8.E4M3)
     if recipe.native:
         return Scaled(q, w.scale)
@@ -111,7 +111,9 @@ def rows_times(x: Operand, w: Operand, groups: Groups | None, recipe: Recipe, *,
         return _scaled_rows_times(x, w, groups, recipe)
     assert not isinstance(x, Scaled) and not isinstance(w, Scaled)
     if groups is not None:
-        return grouped_matmul.rows_times_weights(x, w, groups, recipe.precision, recipe.dtype, transposed=transposed)
+        return grouped_matmul.rows_times_weights(
+            x, w, groups, recipe.precision, recipe.dtype, recipe.platform, transposed=transposed
+        )
     spec = "...f,df->...d" if transposed else "...d,df->...f"
     return _einsum(spec, x, w, recipe).astype(recipe.dtype)
 
@@ -122,7 +124,7 @@ def weight_gradient(x: Operand, dy: Operand, groups: Groups | None, recipe: Reci
         return _scaled_weight_gradient(x, dy, groups, recipe)
     assert not isinstance(x, Scaled) and not isinstance(dy, Scaled)
     if groups is not None:
-        return grouped_matmul.weight_gradient(x, dy, groups, recipe.precision)
+        return grouped_matmul.weight_gradient(x, dy, groups, recipe.precision, recipe.platform)
     # Autodiff would write this one as a transposed product, four times slower on XLA:CPU.
     return _einsum("md,mf->df", x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), recipe)
 

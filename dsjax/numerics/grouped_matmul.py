@@ -1,11 +1,13 @@
 """Rows sorted by expert times one weight matrix per expert, and the gradient of those weights.
 
 The rows of expert e are consecutive, its group begins at a multiple of the block (the dispatcher lays them out so),
-and rows between a group's last and the next group's first are zero. Two forms, chosen by the platform compiled for: on
-CPU, blocks of rows each times its own expert's matrix, because XLA:CPU runs `ragged_dot` as E dense products; elsewhere
-`ragged_dot`.
+and rows between a group's last and the next group's first are zero. Chosen by the platform compiled for: on a CPU
+blocks of rows each times its own expert's matrix, because XLA:CPU runs `ragged_dot` as E dense products; in BF16 on
+GPUs the kernels of grouped_kernels.py; elsewhere `ragged_dot`, but for the weights' gradient on TPUs, which is JAX's
+megablox kernel. XLA would mask all rows once for each expert, on TPUs for that gradient and on GPUs for everything.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-ROW_BLOCK = 128  # tile edge of TPU and GPU kernels and of FP8 scales; on CPU large enough to run near dense speed
+MEGABLOX_TILE = 128  # rows that the kernel takes at a time are a multiple of this, up to four times
 
 
 @jax.tree_util.register_dataclass
@@ -28,21 +30,23 @@ class Groups:
     block: int = field(metadata={"static": True})
 
 
-def row_block(rows: int, groups: int) -> int:
-    """The alignment of groups for about `rows` rows: a power of two, at most ROW_BLOCK, that wastes little."""
-    block = 8
-    while block < ROW_BLOCK and block * groups < rows:
-        block *= 2
-    return block
-
-
 def rows_times_weights(
-    x: jax.Array, w_EDF: jax.Array, groups: Groups, precision: lax.Precision, dtype: DTypeLike, *, transposed: bool
+    x: jax.Array,
+    w_EDF: jax.Array,
+    groups: Groups,
+    precision: lax.Precision,
+    dtype: DTypeLike,
+    platform: str | None = None,
+    *,
+    transposed: bool,
 ) -> jax.Array:
     """y [C, F]: the rows of group e times w[e]; with `transposed` [C, D] from rows [C, F]. Sums are FP32.
 
-    Rows past the groups come out zero.
+    Rows past the groups come out zero. `platform`: compiled for, where known.
     """
+    if _has_kernel(platform, x, w_EDF, groups.block, *w_EDF.shape[1:]):
+        owners, used = block_owners(groups, len(x) // groups.block)
+        return _kernels().rows_times(x, w_EDF, owners, used, dtype, transposed=transposed)
     forms = {
         "cpu": partial(_blocks_times_weights, block=groups.block, dtype=dtype, transposed=transposed),
         "default": partial(_ragged_times_weights, precision=precision, dtype=dtype, transposed=transposed),
@@ -50,13 +54,29 @@ def rows_times_weights(
     return lax.platform_dependent(x, w_EDF, groups.sizes_E, **forms)
 
 
-def weight_gradient(x_CD: jax.Array, dy_CF: jax.Array, groups: Groups, precision: lax.Precision) -> jax.Array:
-    """dw [E, D, F] in FP32: for each group, the contraction over its rows."""
+def weight_gradient(
+    x_CD: jax.Array, dy_CF: jax.Array, groups: Groups, precision: lax.Precision, platform: str | None = None
+) -> jax.Array:
+    """dw [E, D, F] in FP32: for each group, the contraction over its rows. `platform`: compiled for, where known."""
+    if platform == "tpu" and x_CD.dtype == dy_CF.dtype == jnp.bfloat16 and len(x_CD) % MEGABLOX_TILE == 0:
+        return megablox_weight_gradient(x_CD, dy_CF, groups.sizes_E)
+    if _has_kernel(platform, x_CD, dy_CF, groups.block, x_CD.shape[1], dy_CF.shape[1]):
+        return _kernels().weight_gradient(x_CD, dy_CF, groups.sizes_E, groups.block)
     forms = {
         "cpu": partial(_blocks_weight_gradient, block=groups.block),
         "default": partial(_ragged_weight_gradient, precision=precision),
     }
     return lax.platform_dependent(x_CD, dy_CF, groups.sizes_E, **forms)
+
+
+def _has_kernel(platform: str | None, a: jax.Array, b: jax.Array, *sizes: int) -> bool:
+    return platform == "gpu" and a.dtype == b.dtype == jnp.bfloat16 and _kernels().fits(*sizes)
+
+
+def _kernels() -> Any:
+    from dsjax.numerics import grouped_kernels  # Pallas takes a second to import
+
+    return grouped_kernels
 
 
 def block_owners(groups: Groups, blocks: int) -> tuple[jax.Array, jax.Array]:
@@ -78,6 +98,15 @@ def _ragged_weight_gradient(x_CD, dy_CF, sizes_E, *, precision) -> jax.Array:
     return lax.ragged_dot_general(
         x_CD, dy_CF, sizes_E, rows_contracted, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def megablox_weight_gradient(x_CD, dy_CF, sizes_E, interpret: bool = False) -> jax.Array:
+    """`weight_gradient` by the TPU kernel, which takes BF16 and whole tiles of rows."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # Pallas takes a second to import
+
+    rows = math.gcd(len(x_CD), 4 * MEGABLOX_TILE)
+    columns = [min(4 * MEGABLOX_TILE, a.shape[1]) for a in (x_CD, dy_CF)]
+    return tgmm(x_CD.T, dy_CF, sizes_E, jnp.float32, (rows, *columns), interpret=interpret)
 
 
 def _blocks_times_weights(x, w_EDF, sizes_E, *, block: int, dtype: DTypeLike, transposed: bool) -> jax.Array:

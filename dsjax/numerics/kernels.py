@@ -190,7 +190,7 @@ def _hopper_kernel(
     a_ref, scale_a_ref, b_ref, scale_b_ref, a_row_ref, b_row_ref, first_ref, last_ref, out_ref,
     a_stages, b_stages, scale_a_stages, scale_b_stages, out_tile, filled, emptied, *, grid
 ):  # fmt: skip
-    i, j = _tile_of_program(lax.axis_index("tile"), grid)
+    i, j = tile_of_program(lax.axis_index("tile"), grid)
     group = lax.axis_index("warpgroup")
     first, last = first_ref[i], last_ref[i]
 
@@ -253,7 +253,7 @@ def _triton_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpr
     return pl.pallas_call(
         partial(_triton_kernel, grid=grid),
         grid=(grid[0] * grid[1],),
-        out_specs=pl.BlockSpec((TILE, TILE), lambda p: _tile_of_program(p, grid)),
+        out_specs=pl.BlockSpec((TILE, TILE), lambda p: tile_of_program(p, grid)),
         out_shape=out,
         compiler_params=_TRITON,
         interpret=interpret,
@@ -262,7 +262,7 @@ def _triton_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpr
 
 
 def _triton_kernel(a_ref, scale_a_ref, b_ref, scale_b_ref, a_row_ref, b_row_ref, first_ref, last_ref, out_ref, *, grid):
-    i, j = _tile_of_program(pl.program_id(0), grid)
+    i, j = tile_of_program(pl.program_id(0), grid)
     a_rows = pl.ds(a_row_ref[i], TILE)
     # Past the end the last row is read again; what it gives lies outside the output.
     b_rows = jnp.minimum(b_row_ref[i] + j * TILE + jnp.arange(TILE), b_ref.shape[0] - 1)
@@ -348,7 +348,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _tile_of_program(p, grid: tuple[int, int]):
+def tile_of_program(p, grid: tuple[int, int]):
     """Row and column tile of the p-th program: column by column within each group of _ROWS_TOGETHER row tiles."""
     rows, columns = grid
     first = lax.div(p, _ROWS_TOGETHER * columns) * _ROWS_TOGETHER

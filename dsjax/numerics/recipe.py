@@ -42,12 +42,19 @@ class Recipe:
     cached: Scaling | None = None  # the input of a Linear as kept for Wgrad, which tiles it anew; None: as it came
     accumulation: str = "fp32"  # "fp22", "fp22_promote128": the tensor core's narrow accumulator, emulated
     native: str | None = None  # the kernels that multiply; None: emulated by wider products
-    mesh: Mesh | None = None  # for what the partitioner cannot know: kernels, and weights to be gathered as bytes
+    mesh: Mesh | None = (
+        None  # for what the partitioner cannot know: what multiplies, and weights to be gathered as bytes
+    )
     measures: bool = False  # weights get statistics of the operands for gradients; see `linear.CLASSES`
 
     @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.compute_dtype)
+
+    @property
+    def platform(self) -> str | None:
+        """What multiplies: "cpu", "gpu", "tpu"; None where no mesh says it."""
+        return None if self.mesh is None else self.mesh.devices.flat[0].platform
 
     @property
     def is_fp8(self) -> bool:
@@ -134,4 +141,4 @@ def recipe(name: str, accumulation: str = "fp32", mesh: Mesh | None = None) -> R
             from dsjax.numerics.kernels import native_form  # Pallas takes a second to import
 
             native = native_form(mesh.devices.flat[0])
-    return dataclasses.replace(found, accumulation=accumulation, native=native, mesh=mesh if found.is_fp8 else None)
+    return dataclasses.replace(found, accumulation=accumulation, native=native, mesh=mesh)
