@@ -12,7 +12,9 @@ from flax import nnx
 from small import assert_trees_close
 
 from dsjax.config import ModelConfig, RopeScaling
-from dsjax.model.attention import MIN_QUERY_BLOCK, MLA, causal_attention
+from dsjax.model import causal
+from dsjax.model.attention import MLA
+from dsjax.model.causal import MIN_QUERY_BLOCK, causal_attention, splash_attention
 from dsjax.model.layers import rope_frequencies, rope_table, softmax_scale
 
 CONFIG = ModelConfig(
@@ -30,7 +32,7 @@ CONFIG = ModelConfig(
 
 
 def module(config: ModelConfig) -> MLA:
-    mla = MLA(config, small.FP32, nnx.Rngs(0))
+    mla = MLA(config, small.FP32, small.mesh(), nnx.Rngs(0))
     for norm in ("q_a_layernorm", "kv_a_layernorm"):
         if hasattr(mla, norm):
             weight = getattr(mla, norm).weight
@@ -83,6 +85,32 @@ def test_blocks_and_their_gradient_equal_autodiff_of_the_naive_form(length):
         return out, *pull(dout)
 
     assert_trees_close(jax.jit(lambda: both(causal_attention))(), jax.jit(lambda: both(naive_attention))(), 1e-5)
+
+
+@pytest.mark.parametrize(("fits", "at_once"), [(6, 6), (5, 3), (1, 1), (0.5, 1)])
+def test_heads_take_turns_where_their_scores_are_large(monkeypatch, fits, at_once):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 130, 6, size)).astype(np.float32) for size in (6, 6, 4))
+    value = lambda q, k, v: jnp.sum(jnp.sin(causal_attention(q, k, v, 0.7)))  # noqa: E731
+    expected = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(q, k, v)
+    monkeypatch.setattr(causal, "SCORE_BYTES", int(fits * 4 * 2 * 128 * 130))
+    grouped = jax.value_and_grad(lambda *a: value(*a), argnums=(0, 1, 2))
+    assert f"f32[2,{at_once},128,128]" in str(jax.make_jaxpr(grouped)(q, k, v))
+    assert_trees_close(jax.jit(grouped)(q, k, v), expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_splash_attention_equals_the_blocks():
+    """Interpreted: with the two head sizes of MLA, several blocks, BF16."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal((2, 256, 2, n)), jnp.bfloat16) for n in (24, 24, 16, 16))
+
+    def both(attention):
+        out, pull = jax.vjp(attention, q, k, v)
+        return jax.tree.map(lambda a: a.astype(jnp.float32), (out, *pull(dout)))
+
+    ours = both(lambda *qkv: splash_attention(*qkv, scale=0.7, interpret=True))
+    assert_trees_close(ours, both(lambda *qkv: causal_attention(*qkv, 0.7)), 2e-2)
 
 
 def test_scores_of_all_pairs_never_exist():

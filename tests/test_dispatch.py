@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsjax.model import dispatch as travel
+from dsjax.planning.buffers import make_buffer
 
 # tokens, choices, experts of this rank, ranks, capacity factor
 SHAPES = [(24, 3, 4, 2, 1.0), (24, 3, 1, 8, 1.0), (40, 2, 8, 1, 1.25), (7, 4, 2, 4, 1.5), (100, 6, 16, 4, 1.0)]
@@ -22,7 +23,7 @@ def routing(seed: int, tokens: int, choices: int, experts: int) -> np.ndarray:
 def layouts(experts_MK: np.ndarray, shape: tuple, rank: int):
     """(buffer, the layouts of all its rounds) of one rank, as NumPy arrays."""
     tokens, choices, experts, ranks, capacity_factor = shape
-    buffer = travel.make_buffer(tokens, choices, experts, ranks, capacity_factor)
+    buffer = make_buffer(tokens, choices, experts, ranks, capacity_factor)
     by_expert = travel.sort_assignments(jnp.asarray(experts_MK), rank * experts, experts)
     rounds = int(travel.rounds_needed(by_expert, buffer))
     return buffer, [jax.tree.map(np.asarray, travel.lay_out(by_expert, buffer, r)) for r in range(rounds)]
@@ -102,8 +103,10 @@ def test_dispatch_and_combine_are_each_others_transpose():
 def test_rounds_add_up_with_their_gradients(rounds):
     scale = np.arange(1, 6, dtype=np.float32)
     x = np.linspace(0.5, 1, 4, dtype=np.float32)
-    one_round = lambda x, scale, r: jnp.sin(x * scale[r])  # noqa: E731
-    y, pull = jax.vjp(lambda x: travel.in_rounds(one_round, x, jnp.asarray(scale), jnp.int32(rounds)), x)
+    one_round = lambda x, scale, r: (jnp.sin(x * scale[r]), r)  # noqa: E731
+    run = lambda x: travel.in_rounds(one_round, x, jnp.asarray(scale), jnp.int32(rounds))  # noqa: E731
+    y, pull, count = jax.vjp(run, x, has_aux=True)
+    assert count == sum(range(rounds))
     each = x[None] * scale[:rounds, None]
     np.testing.assert_allclose(y, np.sin(each).sum(0), rtol=1e-5)
     np.testing.assert_allclose(pull(jnp.ones(4))[0], (np.cos(each) * scale[:rounds, None]).sum(0), rtol=1e-5, atol=1e-5)

@@ -6,63 +6,20 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 import small
-from small import assert_trees_close
+from routed import ASSIGNMENTS, CONFIG, LENGTH, SEQUENCES, biases, check, layer, operands, oracle
 
 from dsjax.model import dispatch as travel
-from dsjax.model.moe import Execution, ExpertWeights, routed_experts
+from dsjax.model.moe import Execution, routed_experts
 from dsjax.numerics.recipe import recipe
+from dsjax.planning.buffers import make_buffer
 
-# Sequences of odd length. With three experts a token and at most eight ranks both branches of the buffer are taken.
-CONFIG = dataclasses.replace(small.MODEL, num_experts_per_tok=3, n_group=1, topk_group=1)
-SEQUENCES, LENGTH = 8, 7
 MESHES = [sizes for sizes in itertools.product((1, 2), (1, 2), (1, 2, 4, 8)) if np.prod(sizes) <= 8]
-ASSIGNMENTS = SEQUENCES * LENGTH * CONFIG.num_experts_per_tok
 
 
-def operands(config=CONFIG):
-    rng = np.random.default_rng(0)
-    d, e, f = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    draw = lambda *shape, scale=0.3: scale * rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    weights = ExpertWeights(draw(e, d, f), draw(e, d, f), draw(e, f, d))
-    return draw(SEQUENCES, LENGTH, d, scale=1.0), draw(d, e), weights, draw(SEQUENCES, LENGTH, d, scale=1.0)
-
-
-def layer(config, execution):
-    """bias -> (loss and statistics, every gradient) of routed_experts."""
-    x, router, weights, target = operands(config)
-
-    def loss(operands, bias):
-        x, router, weights = operands
-        y, stats = routed_experts(x, router, bias, weights, config, execution)
-        return jnp.sum(y * target) + stats.balance_loss, stats
-
-    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return lambda bias: compiled((x, router, weights), bias)
-
-
-def oracle(config):
-    x, router, weights, target = operands(config)
-
-    def loss(operands, bias):
-        x, router, weights = operands
-        y, balance, load = oracles.dense_experts(x, router, bias, *weights, config)
-        return jnp.sum(y * target) + balance, load
-
-    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return lambda bias: compiled((x, router, weights), bias)
-
-
-def biases(config=CONFIG) -> dict[str, np.ndarray]:
-    """By the routing they lead to."""
-    experts = np.arange(config.n_routed_experts)
-    return {
-        "by scores": np.zeros(len(experts), np.float32),
-        "every token to the same": np.where(experts < config.num_experts_per_tok, 10, 0).astype(np.float32),
-        "every token to the last": np.where(experts == len(experts) - 1, 10, 0).astype(np.float32),
-    }
+def gathering(sizes) -> str:
+    return "all_gather" if sizes[-1] > 1 else "local"
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +28,9 @@ def truth():
     return {name: run(bias) for name, bias in biases().items()}
 
 
-def check(result, expected) -> None:
-    (loss, stats), gradients = result
-    (true_loss, load), true_gradients = expected
-    assert_trees_close((loss, gradients), (true_loss, true_gradients), 1e-5)
-    np.testing.assert_array_equal(stats.load_E, load)
-    assert stats.dropped == 0
-
-
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_loss_and_every_gradient_equal_the_dense_oracle(truth, sizes):
-    run = layer(CONFIG, small.execution(small.mesh(*sizes), capacity_factor=1.0))
+    run = layer(CONFIG, small.execution(small.mesh(*sizes), form=gathering(sizes), capacity_factor=1.0))
     rounds = {}
     for name, bias in biases().items():
         result = run(bias)
@@ -111,7 +60,8 @@ def test_capacity_changes_rounds_and_nothing_else(truth, capacity_factor):
 def test_router_that_sends_everything_to_one_expert(sizes):
     config = dataclasses.replace(CONFIG, num_experts_per_tok=1, norm_topk_prob=False)
     bias = np.where(np.arange(8) == 5, 10, 0).astype(np.float32)
-    result = layer(config, small.execution(small.mesh(*sizes), capacity_factor=1.0))(bias)
+    execution = small.execution(small.mesh(*sizes), form="all_gather", capacity_factor=1.0)
+    result = layer(config, execution)(bias)
     check(result, oracle(config)(bias))
     stats = result[0][1]
     assert stats.rounds == sizes[-1]
@@ -152,7 +102,7 @@ def test_a_layout_that_loses_rows_shows_as_dropped_tokens(monkeypatch):
 
 def test_limiting_the_rounds_would_show_as_dropped_tokens(monkeypatch):
     monkeypatch.setattr(travel, "rounds_needed", lambda by_expert, buffer: jnp.int32(1))
-    run = layer(CONFIG, small.execution(small.mesh(2, 1, 4), capacity_factor=1.0))
+    run = layer(CONFIG, small.execution(small.mesh(2, 1, 4), form="all_gather", capacity_factor=1.0))
     (_, stats), _ = run(biases()["every token to the same"])
     # Experts 0 and 1 are on the first rank, 2 on the second; each of the two groups of ranks holds a quarter there.
     tokens, room = SEQUENCES * LENGTH // 2, ASSIGNMENTS // 2 // 4
@@ -166,7 +116,7 @@ def test_memory_does_not_grow_with_the_imbalance():
     execution = small.execution(small.mesh(1, 1, 8), capacity_factor=1.0)
     forward = lambda bias: routed_experts(x, router, bias, weights, CONFIG, execution)[0]  # noqa: E731
     text = str(jax.make_jaxpr(forward)(biases()["by scores"]))
-    buffer = travel.make_buffer(SEQUENCES * LENGTH, 3, 1, 8, 1.0)
+    buffer = make_buffer(SEQUENCES * LENGTH, 3, 1, 8, 1.0)
     assert buffer.assignments == ASSIGNMENTS // 8
     assert f"f32[{buffer.rows},{CONFIG.moe_intermediate_size}]" in text
     assert f"[{ASSIGNMENTS}," not in text.replace(f"i32[{ASSIGNMENTS},", "").replace(f"bool[{ASSIGNMENTS},", "")

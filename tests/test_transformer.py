@@ -15,9 +15,9 @@ from small import assert_trees_close
 
 from dsjax.config import ConfigError, DispatchConfig, load
 from dsjax.model import moe
-from dsjax.model.dispatch import make_buffer
 from dsjax.model.moe import RoutingStats
 from dsjax.model.transformer import network
+from dsjax.planning.buffers import make_buffer
 from dsjax.planning.counts import parameters
 from dsjax.training.state import init_state
 from dsjax.training.step import language_model_loss
@@ -87,7 +87,7 @@ def test_layers_of_a_stack_and_all_weights_start_different(initial):
 def dense_layer(x_BTD, router_DE, bias_E, weights, config, execution):
     """The oracle in the place of `routed_experts`."""
     y, balance, load = oracles.dense_experts(x_BTD, router_DE, bias_E, *weights, config)
-    return y, RoutingStats(load.astype(jnp.float32), balance, jnp.float32(0), jnp.float32(1))
+    return y, RoutingStats(load.astype(jnp.float32), balance, *(jnp.float32(n) for n in (0, 1, 0, 0)))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dsjax.config import ModelConfig, RopeScaling
 from dsjax.numerics.linear import linear, swiglu_linear
 from dsjax.numerics.recipe import Recipe
-from dsjax.sharding import BATCH, gather
+from dsjax.sharding import BATCH
 
 
 def weight(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], stddev: float) -> nnx.Param:
@@ -74,14 +74,17 @@ class SwiGLU(nnx.Module):
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, mesh: Mesh, recipe: Recipe) -> jax.Array:
     """Rows of the table, [B, T, D] in the compute dtype.
 
-    The table is gathered and indexed inside `shard_map`: left to the partitioner, a table cut along features
-    would replicate the result over the whole mesh.
+    Each device looks up its features of the tokens of all that share the table, and they exchange them: a few rows
+    travel, not the table. Left to the partitioner, a table cut along features would replicate the result.
     """
+    axes = tuple(axis for axis in ("fsdp", "expert") if mesh.shape[axis] > 1)
 
     def local(shard_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         # Cast after indexing, so that the gradients of a token's occurrences add up in FP32.
-        whole_VD = gather(shard_VD, ("fsdp", "expert"), 1, mesh)
-        return whole_VD[tokens_BT].astype(recipe.dtype)
+        if not axes:
+            return shard_VD[tokens_BT].astype(recipe.dtype)
+        all_NT = lax.all_gather(tokens_BT, axes, axis=0, tiled=True)
+        return lax.all_to_all(shard_VD[all_NT].astype(recipe.dtype), axes, 0, 2, tiled=True)
 
     specs = (PartitionSpec(None, ("fsdp", "expert")), BATCH)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)(table_VD, tokens_BT)
@@ -130,18 +133,25 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def rope_table(config: ModelConfig, length: int) -> jax.Array:
     """cos and sin of every position's angles, [2, T, pairs] FP32."""
-    angles_TP = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(rope_frequencies(config))[None, :]
-    return rope_amplitude(config.rope_scaling) * jnp.stack([jnp.cos(angles_TP), jnp.sin(angles_TP)])
+    return rope_at(config, jnp.arange(length))
 
 
-def rotate(x_BTNH: jax.Array, rope_2TP: jax.Array, interleaved: bool = True) -> jax.Array:
-    """RoPE in FP32: the i-th pair is turned by the i-th angle.
+def rope_at(config: ModelConfig, positions: jax.Array) -> jax.Array:
+    """cos and sin of the angles at `positions` [...], [2, ..., pairs] FP32."""
+    frequencies = jnp.asarray(rope_frequencies(config)).reshape((1,) * positions.ndim + (-1,))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return rope_amplitude(config.rope_scaling) * jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x_BTNH: jax.Array, rope: jax.Array, interleaved: bool = True) -> jax.Array:
+    """RoPE in FP32: the i-th pair is turned by the i-th angle; `rope` is [2, T, P], or [2, B, T, P] of each row.
 
     A pair is (x[2i], x[2i+1]) where `interleaved`, as in all released weights, else (x[i], x[i + H/2]).
     """
     shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
     pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], *shape)
-    cos, sin = rope_2TP[:, None, :, None, :]
+    rope_2BTP = rope if rope.ndim == 4 else rope[:, None]
+    cos, sin = rope_2BTP[:, :, :, None, :]
     first, second = jnp.unstack(pairs, axis=pair)
     turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=pair)
     return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

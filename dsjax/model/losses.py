@@ -11,6 +11,8 @@ from dsjax.numerics.linear import product
 from dsjax.numerics.recipe import Recipe
 from dsjax.sharding import BATCH, gather
 
+HEAD_AXES = ("fsdp", "expert")  # which cut the head along D
+
 
 def cross_entropy(
     x_BTD: jax.Array,
@@ -34,12 +36,11 @@ def cross_entropy(
     """
 
     def local(x_BTD, shard_DV, labels_BT, weights_BT):
-        head_DV = gather(shard_DV, ("fsdp", "expert"), 0, mesh)
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        total = _chunked(x_MD, head_DV, labels_BT.reshape(-1), weights_BT.reshape(-1), recipe, chunk)
+        total = _chunked(x_MD, shard_DV, labels_BT.reshape(-1), weights_BT.reshape(-1), mesh, recipe, chunk)
         return total[None]
 
-    specs = (BATCH, PartitionSpec(("fsdp", "expert")), BATCH, BATCH)
+    specs = (BATCH, PartitionSpec(HEAD_AXES), BATCH, BATCH)
     sums = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
     return jnp.sum(sums(x_BTD, head_DV, labels_BT, weights_BT))
 
@@ -55,8 +56,18 @@ def _padded(a: jax.Array, count: int, size: int) -> jax.Array:
     return a.reshape(count, size, *a.shape[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(x_MD, head_DV, labels_M, weights_M, recipe: Recipe, chunk: int) -> jax.Array:
+def _whole(shard_DV: jax.Array, mesh: Mesh, recipe: Recipe) -> jax.Array:
+    return gather(shard_DV.astype(recipe.dtype), HEAD_AXES, 0, mesh)
+
+
+def _own_part(dhead_DV: jax.Array, mesh: Mesh) -> jax.Array:
+    axes = tuple(axis for axis in HEAD_AXES if mesh.shape[axis] > 1)
+    return lax.psum_scatter(dhead_DV, axes, scatter_dimension=0, tiled=True) if axes else dhead_DV
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(x_MD, shard_DV, labels_M, weights_M, mesh: Mesh, recipe: Recipe, chunk: int) -> jax.Array:
+    head_DV = _whole(shard_DV, mesh, recipe)
     count, size = _chunks(len(x_MD), chunk)
     chunks = tuple(_padded(a, count, size) for a in (x_MD, labels_M, weights_M))
 
@@ -78,8 +89,9 @@ def _chunk_loss(head_DV, x_CD, labels_C, weights_C, recipe: Recipe):
     return jnp.sum(loss_C1[:, 0] * weights_C), exp_CV, sum_C1
 
 
-def _chunked_fwd(x_MD, head_DV, labels_M, weights_M, recipe: Recipe, chunk: int):
+def _chunked_fwd(x_MD, shard_DV, labels_M, weights_M, mesh: Mesh, recipe: Recipe, chunk: int):
     # The gradients are taken here, while the logits exist: three products instead of four.
+    head_DV = _whole(shard_DV, mesh, recipe)
     count, size = _chunks(len(x_MD), chunk)
     chunks = tuple(_padded(a, count, size) for a in (x_MD, labels_M, weights_M))
 
@@ -95,12 +107,12 @@ def _chunked_fwd(x_MD, head_DV, labels_M, weights_M, recipe: Recipe, chunk: int)
 
     start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
     (total, dhead_DV), dx = lax.scan(add, start, chunks)
-    return total, (dx.reshape(-1, x_MD.shape[1])[: len(x_MD)], dhead_DV)
+    return total, (dx.reshape(-1, x_MD.shape[1])[: len(x_MD)], _own_part(dhead_DV, mesh))
 
 
-def _chunked_bwd(recipe: Recipe, chunk: int, kept, dtotal: jax.Array):
-    dx_MD, dhead_DV = kept
-    return (dx_MD * dtotal).astype(dx_MD.dtype), dhead_DV * dtotal, None, None
+def _chunked_bwd(mesh: Mesh, recipe: Recipe, chunk: int, kept, dtotal: jax.Array):
+    dx_MD, dshard_DV = kept
+    return (dx_MD * dtotal).astype(dx_MD.dtype), dshard_DV * dtotal, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

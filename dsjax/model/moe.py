@@ -1,8 +1,7 @@
 """The mixture of experts: routed ones, reached by dispatch, and a shared one beside them [V3 §2.1.2]."""
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from dsjax.config import DispatchConfig, ModelConfig
-from dsjax.model import dispatch as travel
+from dsjax.config import ConfigError, DispatchConfig, ModelConfig
+from dsjax.model.exchange import all_to_all, gather_tokens, plan_legs, scatter_sums
+from dsjax.model.experts import ExpertWeights, Tally, expert_specs, few_tokens, gather_fsdp, own_experts, suits_few
 from dsjax.model.layers import SwiGLU, weight
 from dsjax.model.routing import Choice, route, sequence_balance_loss
-from dsjax.numerics.contraction import Weight, Working
-from dsjax.numerics.grouped_matmul import Groups
-from dsjax.numerics.linear import linear, swiglu_linear
 from dsjax.numerics.recipe import Recipe
+from dsjax.planning import layout
+from dsjax.planning.buffers import buffer_for, make_buffer
 from dsjax.sharding import BATCH, gather
 
 
@@ -30,13 +29,14 @@ class Execution:
     recipe: Recipe
     dispatch: DispatchConfig = DispatchConfig()
     remat: str = "none"
+    # For inference: layers one after the other, each with arrays of its own, instead of scanned; on CPUs a scan copies
+    # every layer's weights. `transformer.unstack` makes such parameters.
+    unrolled: bool = False
+    few_tokens: bool = False  # for inference: batches of a few tokens take their experts' weights without sorting
 
-    @property
-    def dispatch_form(self) -> str:
-        """The dispatch form that runs: "auto" is "local" on one expert rank and "all_gather" on more."""
-        if self.dispatch.form != "auto":
-            return self.dispatch.form
-        return "local" if self.mesh.shape["expert"] == 1 else "all_gather"
+    def dispatch_form(self, model: ModelConfig) -> str:
+        """The dispatch form that runs; "auto" is what moves the fewest bytes."""
+        return layout.dispatch_form(model, self.dispatch, self.mesh.shape["expert"])
 
 
 class RoutingStats(NamedTuple):
@@ -45,7 +45,9 @@ class RoutingStats(NamedTuple):
     load_E: jax.Array  # assignments to each expert over the whole batch, FP32
     balance_loss: jax.Array  # mean over sequences, times aux_loss_alpha
     dropped: jax.Array  # assignments that no expert computed; always 0, and counted rather than assumed
-    rounds: jax.Array  # rounds of the rank that needed most
+    rounds: jax.Array  # buffers full of the rank that needed most
+    far: jax.Array  # copies of tokens sent to other expert ranks; in two levels, to other nodes
+    near: jax.Array  # in two levels, copies sent on within a node
 
 
 class RouterBias(nnx.Variable):
@@ -73,28 +75,6 @@ class Experts(nnx.Module):
         self.gate_proj = weight(rngs, (experts, hidden, width), ("expert", "embed", "mlp"), std)
         self.up_proj = weight(rngs, (experts, hidden, width), ("expert", "embed", "mlp"), std)
         self.down_proj = weight(rngs, (experts, width, hidden), ("expert", "mlp", "embed"), std)
-
-
-class ExpertWeights(NamedTuple):
-    """One entry for each matrix of the routed experts: the arrays, or their PartitionSpecs."""
-
-    gate_EDF: Any
-    up_EDF: Any
-    down_EFD: Any
-
-
-EMBED = ExpertWeights(1, 1, 2)  # their dimension that is cut over fsdp
-
-
-def expert_specs(weights: ExpertWeights) -> ExpertWeights:
-    """How they enter shard_map, each as it lives on the mesh."""
-
-    def one(weight: Weight, dim: int) -> Any:
-        spec: Any = PartitionSpec("expert", *[None] * (dim - 1), "fsdp")
-        scales: Any = PartitionSpec("expert")
-        return Working(spec, spec, scales) if isinstance(weight, Working) else spec
-
-    return ExpertWeights(*map(one, weights, EMBED))
 
 
 class MoE(nnx.Module):
@@ -130,23 +110,27 @@ def routed_experts(
 
     def local(x_BTD, router_DE, bias_E, weights):
         choice = route(checkpoint_name(router_logits(x_BTD, router_DE), "router"), bias_E, config)
-        y_MD, dropped, rounds = _exchange(x_BTD, choice, _gather_fsdp(weights, execution.mesh), execution)
+        whole = gather_fsdp(weights, execution.recipe, execution.mesh)
+        y_MD, tally = _in_chunks(x_BTD, choice, whole, config, execution)
         experts_1 = jnp.arange(config.n_routed_experts)[None]
         load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
         balance = jnp.mean(sequence_balance_loss(choice.scores_BTE, config))
-        per_device = jax.tree.map(lambda s: s[None], (load_E, balance, dropped, rounds))
+        per_device = jax.tree.map(lambda s: s[None], (load_E, balance, tally))
         return y_MD.reshape(x_BTD.shape), per_device
 
     bias_spec = None if bias_E is None else PartitionSpec()
-    y_BTD, (load_XE, balance_X, dropped_X, rounds_X) = jax.shard_map(
+    y_BTD, (load_XE, balance_X, tally) = jax.shard_map(
         local,
         mesh=execution.mesh,
         in_specs=(BATCH, PartitionSpec(), bias_spec, expert_specs(weights)),
         out_specs=(BATCH, BATCH),
         check_vma=False,
     )(x_BTD, router_DE, bias_E, weights)
-    stats = RoutingStats(jnp.sum(load_XE, 0), jnp.mean(balance_X), jnp.sum(dropped_X), jnp.max(rounds_X))
-    return y_BTD, stats
+    assignments = x_BTD.shape[0] * x_BTD.shape[1] * config.num_experts_per_tok
+    total = jax.tree.map(lambda count_X: jnp.sum(count_X.astype(jnp.float32)), tally)
+    rounds = jnp.max(tally.rounds).astype(jnp.float32)
+    dropped = assignments - jnp.sum(tally.computed)
+    return y_BTD, RoutingStats(jnp.sum(load_XE, 0), jnp.mean(balance_X), dropped, rounds, total.far, total.near)
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
@@ -155,121 +139,62 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
     return jnp.einsum("btd,de->bte", *wide, precision=lax.Precision.HIGHEST)
 
 
-def _gather_fsdp(weights: ExpertWeights, mesh: Mesh) -> ExpertWeights:
-    """This rank's experts, whole. The backward pass of the gather is the reduce-scatter of their gradients."""
-
-    def one(weight: Weight, dim: int) -> Weight:
-        if not isinstance(weight, Working):
-            return gather(weight, ("fsdp",), dim, mesh)
-        return Working(
-            _gather_later(weight.master, dim, mesh), gather(weight.values, ("fsdp",), dim, mesh), weight.scale
+def _in_chunks(
+    x_BTD: jax.Array, choice: Choice, weights: ExpertWeights, config: ModelConfig, execution: Execution
+) -> tuple[jax.Array, Tally]:
+    """(y [M, D], what this rank did): this device's tokens, `dispatch.chunks` parts one after the other."""
+    count = execution.dispatch.chunks
+    per_token = (x_BTD, choice.experts_BTK, choice.weights_BTK)
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]
+    if tokens % count:
+        raise ConfigError(
+            f"dispatch.chunks = {count} does not divide the {tokens} tokens that each device has of a microbatch:"
+            " choose a divisor"
         )
+    chunks = [a.reshape(count, tokens // count, a.shape[-1]) for a in per_token]
 
-    return ExpertWeights(*map(one, weights, EMBED))
+    def run(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, Tally]:
+        x_MD, experts_MK, weights_MK = chunk
+        return _exchange(x_MD, experts_MK, weights_MK, weights, config, execution)
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_later(master: jax.Array, dim: int, mesh: Mesh) -> jax.Array:
-    """The shape of a gathered master weight that nothing reads, for its gradient to come back through."""
-    whole = list(master.shape)
-    whole[dim] *= mesh.shape["fsdp"]
-    return jnp.zeros(whole, master.dtype)
-
-
-def _gather_later_bwd(dim: int, mesh: Mesh, _, gradient: jax.Array) -> tuple[jax.Array]:
-    if mesh.shape["fsdp"] > 1:
-        gradient = lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
-    return (gradient,)
-
-
-_gather_later.defvjp(lambda master, dim, mesh: (_gather_later(master, dim, mesh), None), _gather_later_bwd)
+    if count == 1:
+        return run(tuple(a[0] for a in chunks))
+    # Else the layer, computed again, would keep what every chunk needs.
+    one = jax.checkpoint(run) if execution.remat == "full" else run
+    _, (y, tally) = lax.scan(lambda _, chunk: (None, one(chunk)), None, tuple(chunks))
+    sums = jax.tree.map(lambda counts: jnp.sum(counts, 0), tally)
+    return y.reshape(tokens, -1), sums._replace(rounds=jnp.max(tally.rounds))
 
 
 def _exchange(
-    x_BTD: jax.Array, choice: Choice, weights: ExpertWeights, execution: Execution
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [M, D], assignments that no round of this rank computed, rounds), by the dispatch form in force."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    experts_MK = choice.experts_BTK.reshape(len(x_MD), -1)
-    weights_MK = choice.weights_BTK.reshape(len(x_MD), -1)
-    recipe, capacity = execution.recipe, execution.dispatch.capacity_factor
-    if execution.dispatch_form == "local":
-        return _own_experts(x_MD, experts_MK, weights_MK, weights, 1, 0, recipe, capacity)
-    # all_gather: every rank of the expert axis sees all their tokens, computes its own experts, and the sums
-    # return by reduce-scatter. Cheaper than sending each token to its ranks while there are fewer ranks than K.
-    ranks = execution.mesh.shape["expert"]
-    x_MD = travel.gather_tokens(x_MD, recipe)
-    experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (experts_MK, weights_MK))
-    rank = lax.axis_index("expert")
-    y_MD, dropped, rounds = _own_experts(x_MD, experts_MK, weights_MK, weights, ranks, rank, recipe, capacity)
-    return travel.scatter_sums(y_MD, recipe), dropped, rounds
-
-
-def _own_experts(
     x_MD: jax.Array,
     experts_MK: jax.Array,
     weights_MK: jax.Array,
     weights: ExpertWeights,
-    ranks: int,
-    rank: jax.Array | int,
-    recipe: Recipe,
-    capacity_factor: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y [M, D] of the experts that this rank owns, assignments that no round computed, rounds)."""
-    masters, copies = _taken_apart(weights)
-    count = len(masters.gate_EDF)
-    tokens, choices = experts_MK.shape
-    buffer = travel.make_buffer(tokens, choices, count, ranks, capacity_factor)
-    by_expert = travel.sort_assignments(experts_MK, rank * count, count)
-
-    def one_round(operands, constants, r):
-        (x_MD, weights_MK, masters), (by_expert, copies) = operands, constants
-        weights = _put_together(masters, copies)
-        layout = travel.lay_out(by_expert, buffer, r)
-        rows_CD = travel.dispatch(x_MD, layout)
-        weights_C = travel.dispatch_weights(weights_MK, layout)
-        return travel.combine(_feed_forward(rows_CD, weights_C, layout.sizes_E, weights, buffer, recipe), layout)
-
-    operands, constants = (x_MD, weights_MK, masters), (by_expert, copies)
-    if buffer.assignments >= tokens * min(choices, count):  # everything fits, whatever the routing
-        y_MD, rounds = one_round(operands, constants, jnp.int32(0)), jnp.int32(1)
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[jax.Array, Tally]:
+    """(y [M, D], what this rank did), by the dispatch form in force."""
+    recipe, dispatch = execution.recipe, execution.dispatch
+    ranks, experts = execution.mesh.shape["expert"], config.n_routed_experts // execution.mesh.shape["expert"]
+    form, (tokens, choices) = execution.dispatch_form(config), experts_MK.shape
+    if form == "all_to_all":
+        is_ragged = execution.mesh.devices.flat[0].platform != "cpu"
+        legs = plan_legs(config, dispatch, ranks, tokens, is_ragged=is_ragged)
+        room = dispatch.capacity_factor * tokens * choices
+        buffer = buffer_for(room, legs[-1].rows, choices, experts)
+        return all_to_all(x_MD, experts_MK, weights_MK, weights, legs, buffer, recipe)
+    if form == "local":
+        if execution.few_tokens and suits_few(tokens, choices, experts, recipe):
+            return few_tokens(x_MD, experts_MK, weights_MK, weights, 0, recipe)
+        buffer = make_buffer(tokens, choices, experts, 1, dispatch.capacity_factor)
+        return own_experts(x_MD, experts_MK, weights_MK, weights, buffer, 0, recipe)
+    x_MD = gather_tokens(x_MD, recipe)
+    experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (experts_MK, weights_MK))
+    rank = lax.axis_index("expert")
+    if execution.few_tokens and suits_few(ranks * tokens, choices, experts, recipe):
+        y_MD, tally = few_tokens(x_MD, experts_MK, weights_MK, weights, rank * experts, recipe)
     else:
-        rounds = travel.rounds_needed(by_expert, buffer)
-        y_MD = travel.in_rounds(one_round, operands, constants, rounds)
-    placed = lambda r: jnp.sum(travel.lay_out(by_expert, buffer, r).row_MK < buffer.rows, dtype=jnp.int32)  # noqa: E731
-    computed = lax.fori_loop(1, rounds, lambda r, count: count + placed(r), placed(jnp.int32(0)))
-    return y_MD, by_expert.starts_E[-1] - computed, rounds.astype(jnp.float32)
-
-
-def _taken_apart(weights: ExpertWeights) -> tuple[ExpertWeights, ExpertWeights]:
-    """(what has gradients, what has none: working copies, None where there is none)."""
-    is_working = [isinstance(weight, Working) for weight in weights]
-    masters = [weight.master if known else weight for weight, known in zip(weights, is_working, strict=True)]
-    copies = [
-        (weight.values, weight.scale) if known else None for weight, known in zip(weights, is_working, strict=True)
-    ]
-    return ExpertWeights(*masters), ExpertWeights(*copies)
-
-
-def _put_together(masters: ExpertWeights, copies: ExpertWeights) -> ExpertWeights:
-    together = lambda master, copy: master if copy is None else Working(master, *copy)  # noqa: E731
-    return ExpertWeights(*map(together, masters, copies))
-
-
-def _feed_forward(
-    rows_CD: jax.Array,
-    weights_C: jax.Array,
-    sizes_E: jax.Array,
-    weights: ExpertWeights,
-    buffer: travel.Buffer,
-    recipe: Recipe,
-) -> jax.Array:
-    """Each row through its expert's SwiGLU, scaled by its routing weight.
-
-    The weight is applied before the down projection, so that the backward pass needs neither its output nor
-    the combine again.
-    """
-    groups = Groups(sizes_E, buffer.block)
-    gate_CF = linear(rows_CD, weights.gate_EDF, recipe.after_dispatch, groups)
-    up_CF = linear(rows_CD, weights.up_EDF, recipe.after_dispatch, groups)
-    return swiglu_linear(gate_CF, up_CF, weights.down_EFD, recipe.before_combine, groups, weights_C)
+        buffer = make_buffer(ranks * tokens, choices, experts, ranks, dispatch.capacity_factor)
+        y_MD, tally = own_experts(x_MD, experts_MK, weights_MK, weights, buffer, rank, recipe)
+    return scatter_sums(y_MD, recipe), tally._replace(far=jnp.int32((ranks - 1) * tokens))

@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ConfigError, ModelConfig
 from dsjax.model.attention import MLA
-from dsjax.model.layers import Linear, RMSNorm, SwiGLU, embed, rope_table, weight
+from dsjax.model.cache import LatentCache, Latents
+from dsjax.model.layers import Linear, RMSNorm, SwiGLU, embed, rope_at, rope_table, weight
 from dsjax.model.moe import Execution, MoE, RouterBias, RoutingStats
 from dsjax.numerics.contraction import Working, working_copy
 from dsjax.numerics.linear import product
@@ -34,13 +35,22 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+class Places(NamedTuple):
+    """Where new tokens stand in their sequences, and how they attend to what is cached."""
+
+    start_B: jax.Array  # of row b they are at positions start[b], start[b] + 1, ...
+    rope_2BTP: jax.Array
+    absorbed: bool
+    visible: int  # positions of the cache that are read
+
+
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, dense or routed."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs, *, routed: bool):
         hidden, recipe = config.hidden_size, execution.recipe
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.self_attn = MLA(config, recipe, rngs)
+        self.self_attn = MLA(config, recipe, execution.mesh, rngs)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if routed:
@@ -52,6 +62,23 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
         with jax.named_scope("attention"):
             x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_2TP)
+        return self._feed_forward(x_BTD)
+
+    def cached(self, x_BTD: jax.Array, latents: Latents, layer: Any, places: Places) -> tuple[jax.Array, Latents]:
+        """The block on new tokens; the cache has the ones before, and these in the result."""
+        with jax.named_scope("attention"):
+            y_BTD, latents = self.self_attn.cached(
+                self.input_layernorm(x_BTD),
+                places.rope_2BTP,
+                latents,
+                layer,
+                places.start_B,
+                absorbed=places.absorbed,
+                visible=places.visible,
+            )
+        return self._feed_forward(x_BTD + y_BTD)[0], latents
+
+    def _feed_forward(self, x_BTD: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
         if not self.low_precision:
             x_BTD = checkpoint_name(x_BTD, "residual")
         h_BTD, stats = self.post_attention_layernorm(x_BTD), None
@@ -64,10 +91,15 @@ class Block(nnx.Module):
         return lax.with_sharding_constraint(x_BTD + y_BTD, batch_sharding), stats
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
-    """One module whose every array carries a leading dimension of `count` layers, each drawn on its own; None for 0."""
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, unrolled: bool = False) -> Any:
+    """One module whose every array carries a leading dimension of `count` layers, each drawn on its own; None for 0.
+
+    `unrolled`: a list of `count` stacks of one layer.
+    """
     if count == 0:
         return None
+    if unrolled:
+        return nnx.List([stack(make, 1, rngs) for _ in range(count)])
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     layers = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), count))
     is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
@@ -77,12 +109,44 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 def scan_layers(layers: Any, x_BTD: jax.Array, rope_2TP: jax.Array, remat: str) -> tuple[jax.Array, Any]:
     """Runs a stack: (x after the last layer, each layer's RoutingStats stacked)."""
+    if isinstance(layers, nnx.List):
+        each = []
+        for layer in layers:
+            x_BTD, stats = scan_layers(layer, x_BTD, rope_2TP, remat)
+            each.append(stats)
+        return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *each)
     graphdef, state = nnx.split(layers)
 
     def one_layer(x_BTD, layer):
         return nnx.merge(graphdef, layer)(x_BTD, rope_2TP)
 
     return lax.scan(REMAT[remat](one_layer), x_BTD, state)
+
+
+def scan_cached(
+    layers: Any, x_BTD: jax.Array, stacks: tuple[Latents, ...], places: Places
+) -> tuple[jax.Array, tuple[Latents, ...]]:
+    """Runs the layers on new tokens: (x after the last one, the cache with these tokens).
+
+    The cache is carried whole and written in place: as a scan's inputs and outputs it would be copied for every token.
+    """
+    if layers is None:
+        return x_BTD, stacks
+    written = []
+    for part, latents in zip(layers if isinstance(layers, nnx.List) else [layers], stacks, strict=True):
+        graphdef, state = nnx.split(part)
+
+        def one_layer(carry, inputs, graphdef=graphdef):
+            layer, index = inputs
+            return nnx.merge(graphdef, layer).cached(*carry, index, places), None
+
+        count = latents.rope_LBSH.shape[0]
+        if count == 1:
+            (x_BTD, latents), _ = one_layer((x_BTD, latents), (jax.tree.map(lambda a: a[0], state), 0))
+        else:
+            (x_BTD, latents), _ = lax.scan(one_layer, (x_BTD, latents), (state, jnp.arange(count)))
+        written.append(latents)
+    return x_BTD, tuple(written)
 
 
 class MTP(nnx.Module):
@@ -109,6 +173,22 @@ class MTP(nnx.Module):
         y_BTD, stats = REMAT[self.remat](run)(state, self.eh_proj(joined))
         return self.norm(y_BTD), stats
 
+    def cached(
+        self, next_BTD: jax.Array, hidden_BTD: jax.Array, stacks: tuple[Latents, ...], places: Places
+    ) -> tuple[jax.Array, tuple[Latents, ...]]:
+        """`__call__` on new tokens, and the cache of the module's layer with them."""
+        joined = jnp.concatenate([self.enorm(next_BTD), self.hnorm(hidden_BTD)], axis=-1)
+        y_BTD, latents = self.block.cached(self.eh_proj(joined), stacks[0], 0, places)
+        return self.norm(y_BTD), (latents,)
+
+
+class Extended(NamedTuple):
+    """What a pass over new tokens gives."""
+
+    hidden_BTD: jax.Array  # normalised, ready for the output head
+    mtp_input_BTD: jax.Array  # the hidden states that MTP receives
+    cache: LatentCache
+
 
 class Outputs(NamedTuple):
     """What a forward pass gives; `hidden` states are normalised and ready for the output head."""
@@ -126,10 +206,12 @@ class Transformer(nnx.Module):
         self.embed_tokens = weight(rngs, (vocab, hidden), ("vocab", "embed"), std)
         self.lm_head = None if config.tie_word_embeddings else weight(rngs, (hidden, vocab), ("embed", "vocab"), std)
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.dense_layers = stack(
-            lambda rngs: Block(config, execution, rngs, routed=False), config.first_k_dense_replace, rngs
-        )
-        self.moe_layers = stack(lambda rngs: Block(config, execution, rngs, routed=True), config.num_moe_layers, rngs)
+
+        def layers(count: int, routed: bool) -> Any:
+            return stack(lambda rngs: Block(config, execution, rngs, routed=routed), count, rngs, execution.unrolled)
+
+        self.dense_layers = layers(config.first_k_dense_replace, False)
+        self.moe_layers = layers(config.num_moe_layers, True)
         self.mtp = MTP(config, execution, rngs) if config.num_nextn_predict_layers else None
         self.config, self.execution = config, execution
 
@@ -154,6 +236,55 @@ class Transformer(nnx.Module):
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
         return Outputs(hidden_BTD, mtp_BTD, joined)
 
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        start_B: jax.Array,
+        cache: LatentCache,
+        *,
+        absorbed: bool,
+        visible: int | None = None,
+    ) -> Extended:
+        """The next tokens of each row, at positions start, start + 1, ..., over a cache that has the ones before.
+
+        Rows of different lengths share a call: what a row holds beyond its own tokens is rubbish that is written, seen
+        by nobody who comes before it, and written over later. A row whose `start` is the cache's length writes nothing.
+        `visible`, at least the highest position + 1, is how much of the cache is read; None: all of it.
+        """
+        places = self._places(tokens_BT, start_B, cache, absorbed, visible)
+        x_BTD, dense = scan_cached(self.dense_layers, self._embed(tokens_BT), cache.dense, places)
+        x_BTD, moe = scan_cached(self.moe_layers, x_BTD, cache.moe, places)
+        hidden_BTD = self.norm(x_BTD)
+        mtp_input_BTD = hidden_BTD if self.config.mtp_hidden_state == "post_norm" else x_BTD
+        return Extended(hidden_BTD, mtp_input_BTD, LatentCache(dense, moe, cache.mtp))
+
+    def extend_mtp(
+        self,
+        next_BT: jax.Array,
+        hidden_BTD: jax.Array,
+        start_B: jax.Array,
+        cache: LatentCache,
+        *,
+        absorbed: bool,
+        visible: int | None = None,
+    ) -> tuple[jax.Array, LatentCache]:
+        """MTP's normalised states at the positions that `extend` gave `hidden` for; position i predicts token i+2.
+
+        next_BT: the token after each position.
+        """
+        assert self.mtp is not None
+        places = self._places(next_BT, start_B, cache, absorbed, visible)
+        with jax.named_scope("mtp"):
+            y_BTD, latents = self.mtp.cached(self._embed(next_BT), hidden_BTD, cache.mtp, places)
+        return y_BTD, cache._replace(mtp=latents)
+
+    def _places(
+        self, tokens_BT: jax.Array, start_B: jax.Array, cache: LatentCache, absorbed: bool, visible: int | None
+    ) -> Places:
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+        rope_2BTP = rope_at(self.config, positions_BT)
+        return Places(start_B, rope_2BTP, absorbed, cache.length if visible is None else visible)
+
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return embed(self.embed_tokens[...], tokens_BT, self.execution.mesh, self.execution.recipe)
 
@@ -165,6 +296,16 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> FP32 [..., V]; for a few positions, training uses `losses.cross_entropy`."""
         return product("...d,dv->...v", hidden, self.head_DV, self.execution.recipe, jnp.float32)
+
+
+def unstack(tree: Any) -> Any:
+    """Parameters or routing biases as a network with `unrolled` layers takes them: each layer an array of its own."""
+
+    def parts(stacked: Any) -> dict[int, Any]:
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        return {i: jax.tree.map(lambda a: a[i : i + 1], stacked) for i in range(count)}  # noqa: B023
+
+    return {name: parts(part) if name in ("dense_layers", "moe_layers") else part for name, part in tree.items()}
 
 
 def is_quantised(path: Any) -> bool:
