@@ -8,9 +8,9 @@ import pytest
 import small
 
 from dsjax.config import ConfigError, load
-from dsjax.model.dispatch import make_buffer
 from dsjax.numerics.recipe import RECIPES, recipe
 from dsjax.planning import counts
+from dsjax.planning.buffers import make_buffer
 from dsjax.training import machine
 from dsjax.training.bench import bench, what_multiplies
 from dsjax.training.saved import saved_bytes
@@ -27,8 +27,8 @@ FIGURES = {
     "active_parameters",
     "products",
 }
-SHARED = {"matmul_tflops_per_second", "steps", "precision", "devices", "mesh", "device_kind", "saved_bytes_over_bf16"}
-SHARED |= {"saved_bytes_per_token_per_layer", "saved_bytes_per_token_per_layer_bf16"}
+SHARED = {"matmul_tflops_per_second", "steps", "precision", "devices", "mesh", "dispatch", "device_kind"}
+SHARED |= {"saved_bytes_over_bf16", "saved_bytes_per_token_per_layer", "saved_bytes_per_token_per_layer_bf16"}
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_figures_are_complete_and_agree_with_each_other(fast_matmul):
     assert figures["dense"]["active_parameters"] == pytest.approx(figures["active_parameters"], rel=0.05)
     assert figures["steps"] == 3 and figures["precision"] == "fp32"
     assert figures["devices"] == 8 and figures["mesh"] == {"data": 2, "fsdp": 1, "expert": 4}
+    assert figures["dispatch"] == "all_to_all"
 
 
 def test_step_of_several_microbatches_is_the_whole_batch(fast_matmul):
@@ -87,7 +88,7 @@ def test_step_of_several_microbatches_is_the_whole_batch(fast_matmul):
 
 def test_batch_that_does_not_spread_over_the_devices_is_told():
     uneven = dataclasses.replace(config(batch_size=12), mesh=small.config(data=-1).mesh)
-    with pytest.raises(ConfigError, match="12 sequences cannot be spread evenly over 8 devices"):
+    with pytest.raises(ConfigError, match="12 sequences cannot be divided over 8 devices; make it 8 or 16"):
         bench(uneven, steps=1)
 
 

@@ -164,7 +164,7 @@ def test_a_model_has_figures_for_every_class(on_one_device):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (4, 2, 1),
+        pytest.param((4, 2, 1), marks=pytest.mark.slow),
         (2, 2, 2),
     ],
     ids=str,

@@ -21,8 +21,20 @@ with Interrupt() as interrupt:
 """
 
 
-def run(begun: str, obey: str, *numbers: signal.Signals) -> tuple[int, str]:
-    command = [sys.executable, "-c", WORKER, begun, obey]
+# The same while an event loop runs in the main thread, which takes the signals' pipe for itself.
+IN_A_LOOP = WORKER.replace(
+    "    while time.monotonic()",
+    """    import uvloop, asyncio
+    async def work():
+        while time.monotonic() < end and not (interrupt.requested and sys.argv[2] == "obey"):
+            await asyncio.sleep(0.01)
+    uvloop.new_event_loop().run_until_complete(work())
+    while time.monotonic()""",
+)
+
+
+def run(begun: str, obey: str, *numbers: signal.Signals, worker: str = WORKER) -> tuple[int, str]:
+    command = [sys.executable, "-c", worker, begun, obey]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.readline()
     for place, number in enumerate(numbers):
@@ -37,6 +49,14 @@ def run(begun: str, obey: str, *numbers: signal.Signals) -> tuple[int, str]:
 def test_the_first_signal_is_noted(number):
     code, output = run("begun", "obey", number)
     assert code == 0 and f"requested {number.name}" in output and "once more to leave at once" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_signal_is_lost_while_an_event_loop_runs(number):
+    code, output = run("begun", "obey", number, worker=IN_A_LOOP)
+    assert code == 0 and f"requested {number.name}" in output
+    code, output = run("begun", "ignore", number, number, worker=IN_A_LOOP)
+    assert code == 128 + number and "leaving without saving" in output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

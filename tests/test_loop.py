@@ -2,98 +2,35 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from tiny_runs import STEPS, T, change, exact, start, tiny_run, wait_for
 
 from dsjax.config import (
-    CheckpointConfig,
     Config,
     ConfigError,
-    DataConfig,
     DispatchConfig,
-    EvaluationConfig,
     MeshConfig,
-    ModelConfig,
-    MonitorConfig,
-    OptimizerConfig,
-    TrainingConfig,
-    to_dict,
 )
 from dsjax.data.loader import Loader
 from dsjax.numerics.linear import CLASSES
-from dsjax.training import checkpoint, loop
+from dsjax.training import checkpoint, loop, validation
+from dsjax.training.lock import lock
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
 from dsjax.training.state import abstract_state
 from dsjax.training.workdir import CHECKPOINTS, CONFIG, EXPERT_LOAD, METRICS, read_config
 
-STEPS = 6
-T = 16
-# Losses that must come back to the last bit, and what moves them.
-EXACT = (
-    "step",
-    "tokens",
-    "loss",
-    "mtp_loss",
-    "balance_loss",
-    "grad_norm",
-    "lr",
-    "batch_size",
-    "expert_load_max_over_mean",
-)
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """A tiny model on 2 x 4 devices whose batch, learning rate, bias speed and MTP weight all change within 6 steps."""
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(f"{number} squared is {number * number}. " * (number + 5))
-    return Config(
-        model=ModelConfig(
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            n_routed_experts=8,
-            num_experts_per_tok=2,
-            num_attention_heads=2,
-            q_lora_rank=None,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=8,
-        ),
-        mesh=MeshConfig(data=2, expert=4),
-        data=DataConfig(
-            sources=(f"text_files:{folder}",),
-            sequence_length=T,
-            validation_fraction=0.2,
-            directory=str(tmp_path_factory.mktemp("data")),
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_tokens=32 * T, decay_tokens=64 * T),
-        training=TrainingConfig(
-            total_steps=STEPS,
-            batch_size=24,
-            microbatch_size=8,
-            initial_batch_size=8,
-            batch_ramp_tokens=40 * T,
-            mtp_loss_weight_final=0.1,
-            mtp_switch_tokens=40 * T,
-            bias_update_tokens=50 * T,
-        ),
-        checkpoint=CheckpointConfig(every_steps=None),
-        evaluation=EvaluationConfig(every_steps=4, sequences=8),
-        monitor=MonitorConfig(compile_cache=None, expert_load_every_steps=2),
-        precision="fp32",
-    )
+    return tiny_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +55,6 @@ def compile_once():
     patch.setattr(loop, "compile_step", compile_step)
     yield
     patch.undo()
-
-
-def change(config: Config, section: str, **values) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-def exact(workdir):
-    return [{name: row[name] for name in EXACT} for row in read_rows(workdir / METRICS)]
 
 
 def final_arrays(config, workdir):
@@ -245,6 +174,52 @@ def test_steps_done_after_the_last_checkpoint_are_done_again_once(config, straig
     assert summary.cost_usd >= 7.0 and summary.seconds >= 1e6, "work that was lost was paid for"
 
 
+def rot(workdir, step):
+    """Flips a bit in the largest file of a checkpoint."""
+    file = max((workdir / CHECKPOINTS / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_rotten_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(config, straight, tmp_path, capsys):
+    saving = change(config, "checkpoint", every_steps=2)
+    train(change(saving, "training", total_steps=4), tmp_path)
+    assert checkpoint.steps(tmp_path / CHECKPOINTS) == [2, 4]
+    rot(tmp_path, 4)
+    capsys.readouterr()
+    train(saving, tmp_path)
+    told = capsys.readouterr().out
+    assert "WARNING: the checkpoint of step 4 is damaged (state/" in told and "now called 4.damaged" in told
+    assert "going on after step 2" in told
+    assert exact(tmp_path) == exact(straight[0])
+    assert checkpoint.steps(tmp_path / CHECKPOINTS) == [4, 6] and (tmp_path / CHECKPOINTS / "4.damaged").is_dir()
+
+
+def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(config, tmp_path):
+    train(change(config, "training", total_steps=2), tmp_path)
+    rot(tmp_path, 2)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="no sound checkpoint to go on from; .* 2.damaged"):
+            train(config, tmp_path)
+    assert len(read_rows(tmp_path / METRICS)) == 2
+
+
+def test_two_runs_in_one_directory_are_refused(config, tmp_path):
+    with lock(tmp_path), pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on "):
+        train(config, tmp_path)
+    assert not (tmp_path / METRICS).exists()
+
+
+def test_an_open_mesh_is_filled_in_and_told(config, tmp_path, capsys):
+    open_mesh = dataclasses.replace(config, mesh=MeshConfig(-1, 1, -1))
+    train(change(open_mesh, "training", total_steps=1), tmp_path)
+    out = capsys.readouterr().out
+    assert "mesh.expert = 8 moves the fewest bytes" in out
+    assert 'dispatch.form is "all_to_all": a token is sent away 1.75 times by all_to_all, 7.00 by all_gather' in out
+    assert read_config(tmp_path).mesh == MeshConfig(-1, 1, -1)  # so that it can go on with other devices
+
+
 def test_a_complete_run_does_nothing_and_can_be_extended(config, straight, tmp_path, capsys):
     train(change(config, "training", total_steps=5), tmp_path)
     before = (tmp_path / METRICS).read_bytes()
@@ -300,7 +275,7 @@ def test_a_damaged_config_beside_checkpoints_does_not_lose_the_run(config, strai
 
 def test_validation_reads_no_more_than_the_split_holds(config, monkeypatch):
     placed = []
-    monkeypatch.setattr(loop, "place_batch", lambda rows, shape, mesh: placed.append(shape[0]))
+    monkeypatch.setattr(validation, "place_batch", lambda rows, shape, mesh: placed.append(shape[0]))
     prepared = loop.prepare(config.data, progress=False)
     rows = Loader(prepared, config.data, seed=0, split="validation").num_rows
     loop.make_validation(change(config, "evaluation", sequences=10**9), loop.make_mesh(config.mesh), prepared)
@@ -348,35 +323,9 @@ def test_a_smaller_batch_reads_only_its_own_rows(config):
     assert set(range(seen)) <= set(loader.read)
 
 
-WORKER = """
-import json, sys
-import jax
-jax.config.update("jax_compilation_cache_dir", sys.argv[3])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-from dsjax.config import from_dict
-from dsjax.training.loop import train
-print("ready", flush=True)
-sys.exit(train(from_dict(json.loads(sys.argv[1])), sys.argv[2]).exit_code)
-"""
-
-
-def start(config: Config, workdir) -> subprocess.Popen:
-    arguments = [json.dumps(to_dict(config)), str(workdir), jax.config.jax_compilation_cache_dir]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_the_step_saves_and_the_run_goes_on_bitwise(config, tmp_path, number, code):
     workdir = tmp_path / "run"
     process = start(change(config, "training", total_steps=100_000), workdir)

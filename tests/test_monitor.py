@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dsjax.training.monitor import (
     Console,
     Monitor,
     Step,
+    append_line,
     drop_rows_after,
     duration,
     magnitude,
@@ -52,7 +54,12 @@ class Clock:
 def step(number, batch_size=4, **metrics):
     loads = jnp.asarray([[1, 3, 0, 0], [1, 1, 1, 1]])
     values = {"loss": 2.5, "mtp_loss": 2.75, "balance_loss": 1e-4, "grad_norm": 0.5, "dropped_tokens": 0}
-    values |= {"dispatch_rounds": 1.0, "expert_load": loads} | metrics
+    values |= {
+        "dispatch_rounds": 1.0,
+        "dispatch_bytes": 4096.0,
+        "dispatch_bytes_in_node": 0.0,
+        "expert_load": loads,
+    } | metrics
     settings = {"learning_rate": 1e-3, "bias_update_speed": 1e-3, "mtp_loss_weight": 0.3}
     return Step(number, number * batch_size, batch_size, settings, {k: jnp.asarray(v) for k, v in values.items()})
 
@@ -83,6 +90,8 @@ def test_a_row_holds_what_the_step_measured(tmp_path, monkeypatch):
         "expert_load_max_over_mean": 3.0,
         "dropped_tokens": 0,
         "dispatch_rounds": 1.0,
+        "dispatch_bytes": 4096.0,
+        "dispatch_bytes_in_node": 0.0,
         "cost_usd": 0.0,
         "seconds": 2.0,
         "validation_loss": 2.25,
@@ -324,3 +333,28 @@ def test_numbers_are_short():
         "14.8T",
     ]
     assert np.all(np.diff([len(magnitude(10.0**n)) for n in range(13)]) < 3)
+
+
+def test_a_line_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    append_line(path, '{"step": 1}\n')
+    with monkeypatch.context() as patch:
+        write = os.write
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+        with pytest.raises(OSError, match="No space left"):
+            append_line(path, '{"step": 2}\n')
+    append_line(path, '{"step": 3}\n')
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_lines_of_two_writers_do_not_mix(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"writer": writer, "text": "x" * 20_000}) + "\n" for writer in range(2)]
+    threads = [
+        threading.Thread(target=lambda line=line: [append_line(path, line) for _ in range(50)]) for line in lines
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.read_text().splitlines(True)) == sorted(lines * 50)

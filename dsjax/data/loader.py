@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -16,6 +17,8 @@ import tensorflow_datasets as tfds
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import prepare
 from dsjax.data.prepare import Prepared
+
+TFDS_FEATURES = "tensorflow_datasets.core.features."
 
 
 class Loader:
@@ -107,10 +110,23 @@ def _open(source: Prepared, split: str, sequence_length: int):
             f"{source.directory} was prepared with a sequence_length of {length}, not {sequence_length}; "
             "run `dsjax prepare` with this configuration"
         )
-    records = tfds.builder_from_directory(source.directory).as_data_source(split=split)
+    try:
+        _check_classes(json.loads(Path(source.directory, "features.json").read_text(encoding="utf-8")))
+        records = tfds.builder_from_directory(source.directory).as_data_source(split=split)
+    except Exception as error:  # TFDS, protobuf and array_record raise many kinds
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{source.directory} cannot be opened ({told}); {remedy}") from error
     rows = source.manifest["splits"][split]["rows"]
     if len(records) != rows:
         raise ConfigError(
             f"{source.directory} holds {len(records)} {split} rows where its manifest says {rows}; {remedy}"
         )
     return records
+
+
+def _check_classes(features: Any) -> None:
+    """Raises ValueError where features.json, of which TFDS imports what it names, names anything but TFDS' own."""
+    for name, value in features.items() if isinstance(features, dict) else ():
+        if name in ("pythonClassName", "python_class_name", "type") and not str(value).startswith(TFDS_FEATURES):
+            raise ValueError(f"features.json names the class {value}")
+        _check_classes(value)

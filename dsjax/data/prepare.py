@@ -216,11 +216,31 @@ def _existing(directory: Path, digest: str) -> Prepared:
     """The prepared source in `directory`, whose manifest is written last and renamed with it."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        if manifest["digest"] == digest:
+        if manifest["digest"] == digest and _is_whole(manifest):
             return Prepared(directory, manifest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ConfigError(f"{directory} is not a complete prepared source; delete it and run `dsjax prepare` again")
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether everything is there that is read of a manifest, and no file lies outside its directory.
+
+    May raise KeyError, TypeError or AttributeError where it is not.
+    """
+    splits, skipped = manifest["splits"], manifest["skipped"]
+    counts = [count[name] for count in splits.values() for name in ("tokens", "documents", "bytes", "rows")]
+    counts += [item["count"] for item in skipped.values()] + list(manifest["files"].values())
+    counts += [manifest["vocab_size"], manifest["options"]["sequence_length"]]
+    texts = [manifest["fingerprint"], manifest["source"], *(one for item in skipped.values() for one in item["first"])]
+    return (
+        "train" in splits
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(count["tokens"] > 0 and count["rows"] > 0 for count in splits.values())
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(manifest["validation_is_tail"], bool)
+        and all(Path(name).name == name for name in manifest["files"])
+    )
 
 
 def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataConfig) -> dict[str, Stream]:

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special token added."""
 
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of a text of one's own, in which the name of a special token is that token."""
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text, in parallel where the tokenizer can, as integer arrays."""
 
@@ -68,6 +72,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_template(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -124,6 +131,13 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_template(self, text: str) -> list[int]:
+        from tokenizers import Tokenizer as Library
+
+        with_special = Library.from_str(self._tokenizer.to_str())
+        with_special.encode_special_tokens = False
+        return with_special.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -169,12 +183,16 @@ class TiktokenTokenizer:
                 f"{path} cannot be used ({type(error).__name__}: {error}); it needs tokenizer_config.json and"
                 " tokenization_*.py beside it, as published"
             ) from error
-        self._ranks, self._path = len(ranks), path
+        self._ranks, self._path, self._special = len(ranks), path, special
         self.vocab_size = max(len(ranks) + self.RESERVED, 1 + max(special.values()))
         self.fingerprint = hashlib.sha256(path.read_bytes() + pattern.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
+
+    def encode_template(self, text: str) -> list[int]:
+        parts = re.split(f"({'|'.join(map(re.escape, self._special))})", text)
+        return [i for part in parts for i in ([self._special[part]] if part in self._special else self.encode(part))]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, np.int32) for ids in self._encoding.encode_ordinary_batch(texts)]

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from dsjax.config import Config, FP8Config
 from dsjax.numerics.recipe import Recipe, recipe
-from dsjax.planning import counts
-from dsjax.sharding import check_batch, make_mesh
+from dsjax.planning import counts, layout
+from dsjax.sharding import check_batch, check_nodes, make_mesh
 from dsjax.training.machine import matmul, seconds
+from dsjax.training.processes import meet
 from dsjax.training.saved import saved_bytes
 from dsjax.training.schedule import Schedule
 from dsjax.training.state import build_network, init_state
@@ -40,13 +41,17 @@ def bench(config: Config, baselines: Sequence[str] = (), steps: int = 20) -> dic
     Returns:
       tokens_per_second (of the median step), model_tflops_per_second (closed form, causal, without recomputation),
       matmul_tflops_per_second (a 2048 x 2048 x 2048 matmul in the compute dtype; on accelerators of all devices
-      together), mfu (their ratio), compile_seconds, peak_memory_bytes (of one device, by the compiler), products
-      (what multiplies), saved_bytes_per_token_per_layer (see `saved_bytes`), that of BF16, their ratio, and what was
-      run. For each baseline: its own figures, and the ratio of the median step times.
+      together, by those of this process), mfu (their ratio), compile_seconds, peak_memory_bytes (of one device, by the
+      compiler), products (what multiplies), saved_bytes_per_token_per_layer (see `saved_bytes`), that of BF16, their
+      ratio, and what was run. For each baseline: its own figures, and the ratio of the median step times.
     """
+    config = layout.resolve(config, jax.device_count())
     mesh = make_mesh(config.mesh)
-    timed = {"model": _Timed(config, mesh)} | {name: _Timed(_baseline(config, name), mesh) for name in baselines}
-    multiply, matmul_flops = matmul(recipe(config.precision).high, list(mesh.devices.flat))
+    check_nodes(config.dispatch.ranks_per_node, mesh)
+    meet()
+    timed = {"model": Timed(config, mesh)} | {name: Timed(_baseline(config, name), mesh) for name in baselines}
+    multiply, matmul_flops = matmul(recipe(config.precision).high, jax.local_devices())
+    matmul_flops *= jax.process_count()  # all of them multiply at once
     for _ in range(WARM_UP_STEPS):
         for one in timed.values():
             one.step()
@@ -67,6 +72,7 @@ def bench(config: Config, baselines: Sequence[str] = (), steps: int = 20) -> dic
             "precision": config.precision,
             "devices": mesh.size,
             "mesh": dict(mesh.shape),
+            "dispatch": config.dispatch.form,
             "device_kind": jax.devices()[0].device_kind,
         }
     )
@@ -102,7 +108,7 @@ def _saved_figures(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-class _Timed:
+class Timed:
     """A compiled train step, its state, and the seconds its steps took."""
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -119,19 +125,20 @@ class _Timed:
         self.products = what_multiplies(build_network(config, mesh).execution.recipe)
         self.step_seconds: list[float] = []
 
-        self._state = init_state(config, mesh)
+        self.state = init_state(config, mesh)
         batch = place_batch(lambda indices: rows[list(indices)], (count, micro, length + 1), mesh)
         schedule = Schedule(training, config.optimizer, length)
         hyperparameters = {k: np.float32(v) for k, v in schedule.hyperparameters(0).items()}
         self._arguments = (batch, np.int32(count), hyperparameters)
         start = time.perf_counter()
-        self._compiled = pretrain_step(config, mesh).lower(self._state, *self._arguments).compile()
+        self._compiled = pretrain_step(config, mesh).lower(self.state, *self._arguments).compile()
         self.compile_seconds = time.perf_counter() - start
+        meet()
 
     def step(self) -> None:
         """One step, to its end."""
-        self._state, metrics = self._compiled(self._state, *self._arguments)
-        jax.block_until_ready((self._state, metrics))
+        self.state, metrics = self._compiled(self.state, *self._arguments)
+        jax.block_until_ready((self.state, metrics))
 
     @property
     def median_seconds(self) -> float:

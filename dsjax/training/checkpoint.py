@@ -6,47 +6,69 @@ it when complete: what bears a step's number is whole, what a killed process lef
 """
 
 import logging
+import math
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from dsjax.config import Config, ConfigError, from_dict, to_dict
+from dsjax.config import ConfigError
+from dsjax.training import integrity
+from dsjax.training.retention import kept
 
-UNFINISHED = "*.orbax-checkpoint-tmp*"
-DELETED = "*.deleted"
+UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.unverified", "*.deleted")  # what a killed process leaves behind
+DAMAGED = ".damaged"  # set aside: no longer a step, but there to be looked at
+OTHERS_SECONDS = 600.0  # to wait for digests of other processes
 
-# What decides the arrays, their meaning, and the order of the data: a run that goes on cannot change it.
-FIXED = ("model.", "data.", "training.seed", "optimizer.moment_dtype")
-FREE = ("data.directory", "data.tokenizer")  # where they lie; what they are, the fingerprint of the data tells
+
+class Damaged(ConfigError):
+    """A checkpoint that cannot be read, or not as it was written; `reason` is the clause that says how."""
+
+    def __init__(self, directory: Path, step: int, reason: str):
+        self.reason = reason
+        present = steps(directory)
+        earlier = [other for other in present if other < step]
+        remedy = f"delete it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
+        sentence = f"the checkpoint {directory / str(step)} cannot be read ({reason}); {remedy}"
+        if step not in present:
+            sentence = f"there is no checkpoint of step {step} in {directory}; there are {present or 'none'}"
+        super().__init__(sentence)
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time, and keeps the last `keep_last`.
+    """Writes checkpoints in the background, one at a time, and deletes those that `retention.kept` does not keep.
 
     `save` and `finish` never raise for what happens on the disk: they return a sentence, and training goes on with
-    the earlier checkpoints untouched. An old checkpoint is deleted only after a newer one is complete.
+    the earlier checkpoints untouched. A checkpoint gets its name when it is whole and its digests are written; only
+    then are earlier ones deleted.
     """
 
-    def __init__(self, directory: Path, keep_last: int):
+    def __init__(self, directory: Path, keep_last: int, keep_every: int | None = None, keep_best: int | None = None):
         self._directory = directory.absolute()
-        self._keep_last = keep_last
+        self._keep = partial(kept, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+        self._losses: dict[int, float | None] = {}  # validation losses of what lies in the directory
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str | None] | None = None
         if jax.process_index() == 0:
-            _remove(directory, UNFINISHED)
-            _remove(directory, DELETED)
+            for pattern in UNFINISHED:
+                _remove(directory, pattern)
+            if keep_best:
+                self._losses = {step: validation_loss(directory, step) for step in steps(directory)}
 
     def save(self, state: Any, meta: Mapping[str, Any]) -> str | None:
         """Begins to save `state` as step `meta["step"]`; returns after the copy to the host.
 
         Args:
           state: a pytree of jax.Array; it may be donated to the next step at once.
-          meta: JSON: step, sequences, tokens, config, data fingerprint and whatever else the run needs to go on.
+          meta: JSON: step, sequences, tokens, config, data fingerprint and whatever else the run needs to go on;
+            `validation_loss` decides which are the best.
 
         Returns:
           None, or a sentence about what went wrong, now or with the save before.
@@ -55,10 +77,11 @@ class Saver:
         step = int(meta["step"])
         if step in steps(self._directory):
             return problem
+        self._losses[step] = meta.get("validation_loss")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with _context():
-                response = ocp.save_async(self._directory / str(step), _flat(state), custom_metadata=dict(meta))
+                response = ocp.save_async(self._unfinished(step), _flat(state), custom_metadata=dict(meta))
         except Exception as error:  # a disk can fail in any way; none may end the training
             return " ".join(filter(None, (problem, self._failed(step, error))))
         self._pending = self._thread.submit(self._complete, step, response)
@@ -69,22 +92,65 @@ class Saver:
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
 
+    def _unfinished(self, step: int) -> Path:
+        return self._directory / f"{step}.unverified"
+
     def _complete(self, step: int, response: Any) -> str | None:
         try:
             response.result()
+            _seal(self._unfinished(step), self._directory / str(step))
             if jax.process_index() == 0:
-                for old in steps(self._directory)[: -self._keep_last]:
-                    _delete(self._directory / str(old))
+                self._prune()
         except Exception as error:
             return self._failed(step, error)
         return None
 
+    def _prune(self) -> None:
+        present = steps(self._directory)
+        for old in set(present) - self._keep(present, self._losses):
+            delete(self._directory, old)
+            self._losses.pop(old, None)
+
     def _failed(self, step: int, error: Exception) -> str:
         if jax.process_index() == 0:
-            _remove(self._directory, UNFINISHED)
+            for pattern in UNFINISHED:
+                _remove(self._directory, pattern)
         last = latest(self._directory)
-        kept = "there is no earlier one" if last is None else f"the one of step {last} is kept"
-        return f"the checkpoint of step {step} could not be written to {self._directory} ({_reason(error)}); {kept}."
+        earlier = "there is no earlier one" if last is None else f"the one of step {last} is kept"
+        return f"the checkpoint of step {step} could not be written to {self._directory} ({_reason(error)}); {earlier}."
+
+
+def _seal(unfinished: Path, finished: Path) -> None:
+    """Digests of all files, each process of its part; then the checkpoint gets its name.
+
+    The processes wait for each other by looking into the directory that all of them write to.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    _wait(lambda: unfinished.exists(), f"{unfinished} did not appear")
+    own = integrity.lines(unfinished, integrity.share(unfinished, index, count))
+    part = f"{integrity.SUMS}.{{}}".format
+    if index:
+        integrity.seal(unfinished, own, part(index))
+        _wait(lambda: finished.exists() or not unfinished.exists(), f"{finished} did not appear")
+        if not finished.exists():
+            raise OSError("the first process could not complete it")
+        return
+    _wait(lambda: all((unfinished / part(i)).exists() for i in range(1, count)), "not all processes wrote digests")
+    bodies = [own, *(integrity.body(unfinished, part(i)) for i in range(1, count))]
+    if any(body is None for body in bodies):
+        raise OSError("the digests of another process are damaged")
+    integrity.seal(unfinished, "".join(map(str, bodies)))
+    for i in range(1, count):
+        (unfinished / part(i)).unlink()
+    os.rename(unfinished, finished)
+
+
+def _wait(condition: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + OTHERS_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            raise OSError(f"{otherwise} within {OTHERS_SECONDS} s")
+        time.sleep(0.05)
 
 
 def steps(directory: Path) -> list[int]:
@@ -99,6 +165,40 @@ def latest(directory: Path) -> int | None:
     return max(steps(directory), default=None)
 
 
+def damage(directory: Path, step: int, index: int = 0, count: int = 1) -> str | None:
+    """A clause about what is wrong with a checkpoint, or None; without digests, only what is read of it here shows.
+
+    index, count: compare only that part of the files, as one of several processes does.
+    """
+    path = directory / str(step)
+    if integrity.is_sealed(path) and (changed := integrity.damage(path, index, count)):
+        return changed
+    try:
+        read_meta(directory, step)
+    except Damaged as error:
+        return error.reason
+    return None
+
+
+def is_verifiable(directory: Path, step: int) -> bool:
+    """Whether there are digests of this checkpoint; those written by earlier versions have none."""
+    return integrity.is_sealed(directory / str(step))
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Renames a damaged checkpoint, so that it is no longer one but can still be looked at."""
+    target = directory / f"{step}{DAMAGED}"
+    shutil.rmtree(target, ignore_errors=True)
+    return (directory / str(step)).rename(target)
+
+
+def delete(directory: Path, name: int | str) -> None:
+    """Removes a checkpoint, or what was set aside."""
+    path = directory / str(name)
+    # Renamed first: half of a deleted checkpoint must not look like a whole one.
+    shutil.rmtree(path.rename(path.with_name(path.name + ".deleted")))
+
+
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """What was passed as `meta` when `step` was saved.
 
@@ -106,12 +206,41 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
       ConfigError: that checkpoint is damaged or not ours.
     """
     meta = _metadata(directory, step).custom_metadata
-    if not isinstance(meta, dict) or "config" not in meta:
-        raise ConfigError(_damaged(directory, step, "it holds no config of a dsjax run"))
+    if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
+        raise Damaged(directory, step, "it holds no config of a dsjax run")
+    wrong = [name for name, is_right in META.items() if name in meta and not is_right(meta[name])]
+    if meta.get("step", step) != step:
+        wrong.insert(0, "step")
+    if wrong:
+        raise Damaged(directory, step, f"its {wrong[0]} is {str(meta[wrong[0]])[:80]!r}")
     return meta
 
 
-def restore(directory: Path, step: int, abstract_state: Any, *, part: bool = False) -> Any:
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+META: dict[str, Callable[[Any], bool]] = {  # what each entry of a checkpoint's meta must be, where it is there
+    "step": _is_count,
+    "sequences": _is_count,
+    "tokens": _is_count,
+    "seconds": _is_number,
+    "cost_usd": _is_number,
+    "data_fingerprint": lambda value: isinstance(value, str),
+    "validation_loss": lambda value: value is None or _is_number(value),
+    "losses": lambda value: isinstance(value, list) and all(one is None or _is_number(one) for one in value),
+    "skips": lambda value: (
+        isinstance(value, list)
+        and all(isinstance(skip, list) and len(skip) == 2 and all(map(_is_count, skip)) for skip in value)
+    ),
+}
+
+
+def restore(directory: Path, step: int, abstract_state: Any, *, part: bool = False, verify: bool = True) -> Any:
     """The state of `step`, onto any mesh.
 
     Args:
@@ -119,14 +248,17 @@ def restore(directory: Path, step: int, abstract_state: Any, *, part: bool = Fal
       step: a step in it.
       abstract_state: pytree of jax.ShapeDtypeStruct with shardings: the tree, shapes and dtypes wanted.
       part: whether `abstract_state` may be a part of what was saved, such as {"params": ...}.
+      verify: whether to compare all files with their digests first.
 
     Raises:
       ConfigError: the checkpoint holds other arrays, and which; or it is damaged.
     """
+    if verify and (problem := damage(directory, step)):
+        raise Damaged(directory, step, problem)
     wanted = _flat(abstract_state)
     stored = _metadata(directory, step).metadata
     if not isinstance(stored, Mapping):  # so orbax tells of damage there
-        raise ConfigError(_damaged(directory, step, "the list of its arrays is damaged"))
+        raise Damaged(directory, step, "the list of its arrays is damaged")
     difference = _difference(stored, wanted, part)
     if difference:
         raise ConfigError(
@@ -137,36 +269,8 @@ def restore(directory: Path, step: int, abstract_state: Any, *, part: bool = Fal
         with _context(part):
             restored = ocp.load(directory.absolute() / str(step), wanted)
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-        raise ConfigError(_damaged(directory, step, _reason(error))) from error
+        raise Damaged(directory, step, _reason(error)) from error
     return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in wanted])
-
-
-def check_same_run(meta: Mapping[str, Any], config: Config, fingerprint: str) -> list[str]:
-    """Whether the run saved with `meta` can go on under `config` and data of this fingerprint.
-
-    Returns:
-      What has changed and may change, one "name: old -> new" each.
-
-    Raises:
-      ConfigError: the architecture, seed or data changed; lists every difference.
-    """
-    old, new = _fields(to_dict(from_dict(meta["config"]))), _fields(to_dict(config))
-    changed = [name for name in old | new if old.get(name) != new.get(name)]
-    told = {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed}
-    if "init_from" in told:
-        told["init_from"] += " (without effect: the run goes on with its own weights)"
-    refused = [text for name, text in told.items() if name.startswith(FIXED) and name not in FREE]
-    if not refused and meta["data_fingerprint"] != fingerprint:
-        refused = [f"the prepared data: fingerprint {meta['data_fingerprint']} -> {fingerprint}"]
-        refused += [told[name] for name in FREE if name in told]
-    if refused:
-        begun = meta["config"].get("init_from")
-        remedy = f"give --config.init_from={begun} again" if begun and not config.init_from else "put it back as it was"
-        raise ConfigError(
-            f"this run was begun with something else and cannot go on ({'; '.join(refused)}); "
-            f"{remedy}, or start a new run with another --workdir"
-        )
-    return list(told.values())
 
 
 def _context(part: bool = False) -> ocp.Context:
@@ -187,20 +291,12 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _fields(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def _metadata(directory: Path, step: int) -> Any:
     try:
         with _context():
             return ocp.metadata(directory.absolute() / str(step))
     except Exception as error:
-        raise ConfigError(_damaged(directory, step, _reason(error))) from error
+        raise Damaged(directory, step, _reason(error)) from error
 
 
 def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], part: bool) -> str | None:
@@ -233,19 +329,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
-def _damaged(directory: Path, step: int, reason: str) -> str:
-    if step not in steps(directory):
-        return f"there is no checkpoint of step {step} in {directory}; there are {steps(directory) or 'none'}"
-    earlier = [other for other in steps(directory) if other < step]
-    remedy = f"delete it to go on from step {earlier[-1]}" if earlier else "there is no earlier one"
-    return f"the checkpoint {directory / str(step)} cannot be read ({reason}); {remedy}"
-
-
 def _remove(directory: Path, pattern: str) -> None:
     for path in directory.glob(pattern):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _delete(path: Path) -> None:
-    # Renamed first: half of a deleted checkpoint must not look like a whole one.
-    shutil.rmtree(path.rename(path.with_name(path.name + DELETED[1:])))
+def validation_loss(directory: Path, step: int) -> float | None:
+    """As measured when `step` was saved; None if it was not, or cannot be read."""
+    try:
+        loss = read_meta(directory, step).get("validation_loss")
+    except Damaged:
+        return None
+    return loss if isinstance(loss, float) else None

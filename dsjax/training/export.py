@@ -20,15 +20,16 @@ from dsjax.training.state import abstract_state
 from dsjax.training.workdir import CHECKPOINTS, find_tokenizer
 
 
-def load_run(run: str | Path) -> tuple[Config, hub.Loaded]:
-    """The configuration and the weights, FP32 and on the first device, of the newest checkpoint of a run.
+def load_run(run: str | Path, step: int | None = None) -> tuple[Config, hub.Loaded]:
+    """The configuration and the weights, FP32 and on the first device, of a run after `step`; None: its newest.
 
     Raises:
-      ConfigError: there is none, or it is damaged.
+      ConfigError: there is no such checkpoint, or it is damaged.
     """
     directory = Path(run) / CHECKPOINTS
-    step = checkpoint.latest(directory)
-    if step is None:
+    newest = checkpoint.latest(directory)
+    step = newest if step is None else step
+    if newest is None or step is None:
         raise ConfigError(neither(Path(run)))
     config = from_dict(checkpoint.read_meta(directory, step)["config"])
     state = abstract_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -37,13 +38,20 @@ def load_run(run: str | Path) -> tuple[Config, hub.Loaded]:
     return config, hub.Loaded(config.model, arrays["params"], arrays["router_bias"])
 
 
-def export(run: str | Path, destination: str | Path, dtype: Any = None, *, scale_format: str | None = None) -> None:
-    """Writes the newest checkpoint of a run as `hub.save` does (dtype None: in FP32), with the run's tokenizer.
+def export(
+    run: str | Path,
+    destination: str | Path,
+    dtype: Any = None,
+    *,
+    scale_format: str | None = None,
+    step: int | None = None,
+) -> None:
+    """Writes a run after `step` (None: its newest) as `hub.save` does (dtype None: in FP32), with its tokenizer.
 
     Raises:
       ConfigError: as `load_run` and `hub.save` do.
     """
-    config, model = load_run(run)
+    config, model = load_run(run, step)
     with tempfile.TemporaryDirectory() as scratch:
         text = tokenizer.load(find_tokenizer(Path(run), config.data.tokenizer))
         text.write(Path(scratch))

@@ -3,6 +3,7 @@
 A row of metrics.jsonl is one step, written once and in order. Only process 0 writes and prints.
 """
 
+import errno
 import json
 import math
 import os
@@ -51,8 +52,35 @@ def drop_rows_after(path: Path, step: int) -> None:
     kept = [row for row in rows if row.get("step", 0) <= step]
     if kept and "cost_usd" in rows[-1]:
         kept[-1] |= {name: rows[-1].get(name) for name in ("seconds", "cost_usd")}
+    _rewrite(path, kept)
+
+
+def settle(path: Path, seconds: float, cost_usd: float) -> None:
+    """Puts what a run has taken in all into its last row: what came after it, such as saving, was paid for too."""
+    if rows := read_rows(path):
+        rows[-1] |= {"seconds": seconds, "cost_usd": cost_usd}
+        _rewrite(path, rows)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends `line` whole or not at all, so that the next one begins on a line of its own.
+
+    In one call to the system: neither a kill nor another reader comes between its halves. Raises OSError.
+    """
+    data = line.encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) < len(data):  # the disk took a part
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+    temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -85,12 +113,23 @@ class Monitor:
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
         self._validation_loss: float | None = None
         self._warned: set[str] = set()
+        self._notes: dict[str, Any] = {}  # for the next row
         self._tensorboard = _tensorboard(workdir, done) if config.monitor.tensorboard and self._writes else None
         if self._writes:
             self._take_over(done)
         self._past = (self.seconds, self.cost_usd)
         self._started = time.monotonic()
         self.restart_clock()
+
+    def rewind(self, step: int, notes: Mapping[str, Any]) -> None:
+        """Drops the rows after `step`, which is gone back to; `notes` are fields of the row that comes next."""
+        self._notes = dict(notes)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = _tensorboard(self._workdir, step)
+        if self._writes:
+            for name in (METRICS, EXPERT_LOAD):
+                drop_rows_after(self._workdir / name, step)
 
     def restart_clock(self) -> None:
         """Says that the next step begins now: what was done since the last one is not part of it."""
@@ -122,9 +161,15 @@ class Monitor:
             "expert_load_max_over_mean": None if load_LE is None else np.max(_over_mean(load_LE)),
             "dropped_tokens": int(metrics.get("dropped_tokens", 0)),
             "dispatch_rounds": metrics.get("dispatch_rounds"),
+            "dispatch_bytes": metrics.get("dispatch_bytes"),
+            "dispatch_bytes_in_node": metrics.get("dispatch_bytes_in_node"),
             "cost_usd": self.cost_usd,
             "seconds": self.seconds,
         }
+        if "update_skipped" in metrics:
+            row["update_skipped"] = bool(metrics["update_skipped"])
+        row |= self._notes
+        self._notes = {}
         if quantisation:  # only some steps measure it
             row["quantisation"] = quantisation
         self._recent.append((tokens, step_seconds))
@@ -134,6 +179,8 @@ class Monitor:
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends `row` to metrics.jsonl and shows it; what is not a finite number is written as null, and told."""
         row = {name: _plain(value) for name, value in row.items()}
+        if row.get("update_skipped"):
+            self.warn(f"loss or gradient of step {row['step']} is not finite: its update is left out")
         for name in ("loss", "grad_norm", "validation_loss"):
             if name in row and row[name] is None:
                 self.warn(f"{name} is not a finite number at step {row['step']}", once=f"{name} is not finite")
@@ -161,15 +208,21 @@ class Monitor:
         return f"{dollars(self.cost_usd)} ({self._machine.note})"
 
     def close(self) -> None:
-        """Shows the last step, if it was not, and ends the progress line."""
+        """Shows the last step, if it was not, ends the progress line and settles the account."""
         self._console.finish()
+        if self._writes:
+            self._pass_time()
+            try:
+                settle(self._workdir / METRICS, self.seconds, self.cost_usd)
+            except OSError:  # the disk is full, which was told; the rows stand as they are
+                pass
         if self._tensorboard:
             self._tensorboard.close()
 
     def _take_over(self, done: int) -> None:
         """Goes on from the rows of an earlier part of this run."""
         last = (read_rows(self._workdir / METRICS) or [{}])[-1]
-        self.seconds, self.cost_usd = last.get("seconds") or 0.0, last.get("cost_usd") or 0.0
+        self.seconds, self.cost_usd = _number(last.get("seconds")), _number(last.get("cost_usd"))
         for name in (METRICS, EXPERT_LOAD):
             drop_rows_after(self._workdir / name, done)
 
@@ -187,8 +240,7 @@ class Monitor:
         if not self._writes:
             return
         try:
-            with (self._workdir / name).open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+            append_line(self._workdir / name, _line(row))
         except OSError as error:
             self.warn(f"{self._workdir / name} cannot be written ({error.strerror}); training goes on", once=name)
 
@@ -304,7 +356,7 @@ def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{name}/")
-        else:
+        elif not isinstance(value, list):
             yield prefix + name, value
 
 
@@ -312,10 +364,21 @@ def _plain(value: Any) -> Any:
     """As JSON can hold it: NaN and infinity become None, in a mapping too."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
     if value is None or isinstance(value, int):
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _finite(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None
+
+
+def _number(value: Any) -> float:
+    """What another process wrote, if it is a number; else 0."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -324,10 +387,10 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_float=_finite, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and type(row.get("step", 0)) is int else None
 
 
 def _tensorboard(workdir: Path, done: int) -> Any:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from dsjax.config import MeshConfig
 from dsjax.numerics.contraction import quantized, quantized_weight, rows_times, weight_gradient
-from dsjax.numerics.grouped_matmul import ROW_BLOCK, Groups
+from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.linear import TOKENS, WIDTH, linear
 from dsjax.numerics.recipe import Recipe, recipe
+from dsjax.planning.buffers import ROW_BLOCK
 from dsjax.sharding import make_mesh
 from dsjax.training.bench import rounded, what_multiplies
 from dsjax.training.machine import seconds

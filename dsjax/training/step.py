@@ -18,20 +18,23 @@ from dsjax.model.losses import cross_entropy
 from dsjax.model.routing import update_bias
 from dsjax.model.transformer import Network, with_copies, working_copies
 from dsjax.numerics.recipe import recipe
+from dsjax.planning.traffic import journey_bytes
 from dsjax.sharding import AXES, BATCH, replicated
 from dsjax.training import optimizer
 from dsjax.training.state import TrainState, build_network, state_shardings
 
 Metrics = dict[str, jax.Array]
 # (params, router_bias, microbatch, hyperparameters) -> (loss to descend, metrics); sums over microbatches are
-# divided by their number, except for `expert_load` and `dropped_tokens`, which are totals of the step.
+# divided by their number, except for those in TOTALS, which are totals of the step.
 LossFn = Callable[[Any, Any, Any, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
-TOTALS = ("expert_load", "dropped_tokens")
+TOTALS = ("expert_load", "dropped_tokens", "dispatch_bytes", "dispatch_bytes_in_node")
 
 
 def language_model_loss(net: Network, config: Config) -> LossFn:
     """Mean next-token loss + mtp_loss_weight * mean MTP loss + balance losses [V3 eq. 17, 24]."""
     chunk, execution = config.training.loss_chunk_size, net.execution
+    journey = journey_bytes(config.model, config.precision, config.training.remat)
+    bytes_per_copy = journey / execution.mesh.size  # of a device, on average
 
     def loss_fn(params, router_bias, tokens, hyperparameters):
         model = net.bind(params, router_bias)
@@ -62,23 +65,20 @@ def language_model_loss(net: Network, config: Config) -> LossFn:
                 "expert_load": out.stats_L.load_E,
                 "dropped_tokens": jnp.sum(out.stats_L.dropped),
                 "dispatch_rounds": jnp.max(out.stats_L.rounds),
+                "dispatch_bytes": jnp.sum(out.stats_L.far) * bytes_per_copy,
+                "dispatch_bytes_in_node": jnp.sum(out.stats_L.near) * bytes_per_copy,
             }
         return total, metrics
 
     return loss_fn
 
 
-def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """The compiled step: accumulate gradients over microbatches, clip, AdamW, move the routing bias.
+def make_gradients(loss_fn: LossFn, config: Config, mesh: Mesh) -> Callable[..., tuple[Any, Metrics]]:
+    """f(state, batch, num_microbatches, hyperparameters) -> (mean gradients, metrics); arguments as of the train step.
 
-    Returns:
-      train_step(state, batch, num_microbatches, hyperparameters) -> (state, metrics). `state` is donated. Leaves
-      of `batch` have a leading microbatch dimension, of which the first `num_microbatches` are used; that number
-      is traced, so that a ramping batch compiles once. `hyperparameters`: learning_rate, bias_update_speed,
-      mtp_loss_weight. It is a jitted function: `.lower` shows what it compiles to.
+    Gradients, their sums over microbatches included, are cut like the weights: no device ever holds a whole one.
     """
-    adamw = optimizer.adamw(config.optimizer)
-    shardings = state_shardings(config, mesh)
+    shardings = state_shardings(config, mesh).params
     how = recipe(config.precision, config.fp8.accumulation, mesh) if config.fp8.working_copy else None
 
     def one_microbatch(state, copies, batch, index, hyperparameters):
@@ -88,7 +88,7 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
         microbatch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), batch)
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         # Said here, or the partitioner replicates most of them.
-        return lax.with_sharding_constraint(gradients, shardings.params), metrics
+        return lax.with_sharding_constraint(gradients, shardings), metrics
 
     def make_copies(params):
         """Once a step, cut like their masters: all microbatches multiply the same bytes."""
@@ -97,11 +97,11 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
         copies = working_copies(params, how)
         return jax.tree.map(
             lambda sharding, copy: copy and (lax.with_sharding_constraint(copy[0], sharding), copy[1]),
-            shardings.params,
+            shardings,
             copies,
         )
 
-    def train_step(state, batch, num_microbatches, hyperparameters):
+    def gradients_of(state, batch, num_microbatches, hyperparameters):
         def accumulate(index, sums):
             return jax.tree.map(jnp.add, sums, one_microbatch(state, copies, batch, index, hyperparameters))
 
@@ -113,17 +113,41 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
             nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             sums = lax.fori_loop(0, num_microbatches, accumulate, nothing)
         mean = lambda a: a / num_microbatches  # noqa: E731
-        gradients = jax.tree.map(mean, sums[0])
         metrics = {name: value if name in TOTALS else mean(value) for name, value in sums[1].items()}
+        return jax.tree.map(mean, sums[0]), metrics
+
+    return gradients_of
+
+
+def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """The compiled step: accumulate gradients over microbatches, clip, AdamW, move the routing bias.
+
+    Returns:
+      train_step(state, batch, num_microbatches, hyperparameters) -> (state, metrics). `state` is donated. Leaves
+      of `batch` have a leading microbatch dimension, of which the first `num_microbatches` are used; that number
+      is traced, so that a ramping batch compiles once. `hyperparameters`: learning_rate, bias_update_speed,
+      mtp_loss_weight. With `config.divergence.skip_nonfinite` a step whose loss or gradient is not finite changes
+      nothing but `state.step`, and `update_skipped` in its metrics is true. It is a jitted function: `.lower` shows
+      what it compiles to.
+    """
+    adamw = optimizer.adamw(config.optimizer)
+    shardings = state_shardings(config, mesh)
+    gradients_of = make_gradients(loss_fn, config, mesh)
+
+    def train_step(state, batch, num_microbatches, hyperparameters):
+        gradients, metrics = gradients_of(state, batch, num_microbatches, hyperparameters)
         with jax.named_scope("optimizer"):
             gradients, metrics["grad_norm"] = optimizer.clip(gradients, config.optimizer.clip_norm)
             updates, opt_state = adamw.update(gradients, state.opt_state, state.params)
             rate = hyperparameters["learning_rate"]
             params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
         bias = move_biases(state.router_bias, metrics.get("expert_load"), hyperparameters["bias_update_speed"])
-        return dataclasses.replace(
-            state, params=params, router_bias=bias, opt_state=opt_state, step=state.step + 1
-        ), metrics
+        after = dataclasses.replace(state, params=params, router_bias=bias, opt_state=opt_state)
+        if config.divergence.skip_nonfinite:
+            is_finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics.get("loss", 0.0))
+            after = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+            metrics["update_skipped"] = ~is_finite
+        return dataclasses.replace(after, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
