@@ -1,6 +1,8 @@
 """Generation: the same tokens as the full forward pass, on any mesh; its mistakes are sentences."""
 
 import dataclasses
+import doctest
+import re
 from pathlib import Path
 
 import jax
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import small
 
-from dsjax.config import Config, ConfigError, to_dict
+from dsjax.config import Config, ConfigError, MeshConfig, to_dict
+from dsjax.inference import engine, loading
 from dsjax.inference.generate import decode, generate
+from dsjax.inference.startup import Startup
 from dsjax.training import checkpoint
 from dsjax.training.state import build_network
 
@@ -79,12 +83,10 @@ def test_number_of_new_tokens_is_a_limit_and_a_prefix(model):
     assert continued(model, new=64)[:NEW] == continued(model)  # in a larger buffer
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def save_run(directory: Path, mesh: MeshConfig) -> Path:
     """A run directory that holds one checkpoint of a small model of bytes, at most 48 positions."""
-    directory = tmp_path_factory.mktemp("run")
-    config = small.config(dataclasses.replace(small.MODEL, vocab_size=264, max_position_embeddings=48), expert=4)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=16))
+    config = small.config(dataclasses.replace(small.MODEL, vocab_size=264, max_position_embeddings=48))
+    config = dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, sequence_length=16))
     params, bias = jax.device_put(weights(config))
     saver = checkpoint.Saver(directory / "checkpoints", keep_last=1)
     meta = {"step": 7, "sequences": 56, "config": to_dict(config), "data_fingerprint": "none"}
@@ -92,11 +94,42 @@ def run(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"), MeshConfig(1, 1, 4))
+
+
+def test_a_run_that_left_its_mesh_open_generates_the_same(run, tmp_path):
+    open_mesh = save_run(tmp_path, MeshConfig(-1, -1, -1))
+    assert generate(str(open_mesh), "abc", 12, 0.0, 0) == generate(str(run), "abc", 12, 0.0, 0)
+
+
+def test_examples_in_docstrings_do_what_they_say(run, model, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    config, params, bias = model
+    given = {"config": config, "params": params, "router_bias": bias}
+    for module, globs in ((loading, {}), (engine, given)):
+        result = doctest.testmod(module, extraglobs=globs)
+        assert result.failed == 0 and result.attempted >= 3, module.__name__
+
+
 @pytest.mark.parametrize("prompt", ["", "abc", "日本 ü"])
 def test_text_of_a_run_begins_with_the_prompt(run, prompt):
     text = generate(str(run), prompt, 12, 1.0, 3)
     assert text.startswith(prompt) and len(text) > len(prompt)
     assert text == generate(str(run), prompt, 12, 1.0, 3)
+
+
+@pytest.mark.parametrize("hits, misses, kind", [(0, 2, "cold"), (3, 0, "warm"), (3, 1, "cold"), (0, 0, "not cached")])
+def test_start_is_told_cold_or_warm(hits, misses, kind):
+    startup = Startup()
+    for event, count in (("cache_hits", hits), ("cache_misses", misses), ("task_disabled_cache", 1)):
+        for _ in range(count):
+            jax.monitoring.record_event(f"/jax/compilation_cache/{event}")
+    told = rf"{kind} start: \d+\.\d s; {hits} programs from the compile cache, {misses} compiled"
+    assert re.fullmatch(told, startup.told())
 
 
 def test_run_of_a_larger_mesh_generates_on_fewer_devices(run, monkeypatch):

@@ -82,6 +82,7 @@ def test_a_run_takes_the_architecture_and_begins_with_the_weights(place, model):
     assert losses(place, "frozen")[0] == losses(place, "run")[0] != losses(place, "run")[1]
 
 
+@pytest.mark.slow
 def test_another_run_may_be_begun_with(place):
     _, before = load_run(place / "run")
     assert train(place, "second", "run", *FROZEN) == 0
@@ -89,6 +90,7 @@ def test_another_run_may_be_begun_with(place):
     small.assert_trees_close(kept.params, before.params, 1e-6)
 
 
+@pytest.mark.slow
 def test_exported_in_fp32_a_run_goes_on_with_the_same_losses(place):
     export(place / "run", place / "exported", "float32")
     tokenizer = ("--config.data.tokenizer", "bytes")  # else its tokenizer.json is prepared anew: the same ids
@@ -116,6 +118,7 @@ def test_a_run_keeps_the_tokenizer_it_began_with(place, tmp_path, monkeypatch, c
     assert JsonTokenizer(tmp_path / "out" / "tokenizer.json").encode("ab") == [*b"ab"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_what_it_began_with(place, capsys):
     shutil.copytree(place / "run", place / "resumed")
     assert train(place, "resumed", "published", "--config.training.total_steps=3") == 0
@@ -128,6 +131,7 @@ def test_a_run_goes_on_without_what_it_began_with(place, capsys):
     assert "going on after step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fp8_and_bf16_checkpoints_are_trained_in_fp32(place, model):
     for dtype in ("bfloat16", "float8_e4m3fn"):
         hub.save(place / dtype, model, dtype)
@@ -234,12 +238,13 @@ def test_published_bytes_are_the_bytes_we_trained_on(tmp_path):
 
 def test_a_published_model_generates_what_its_run_generates(place, tmp_path):
     export(place / "run", tmp_path / "exported", "float32")
-    expected = generate(str(place / "run"), "12 squared", 12, 0.0, 0)
-    assert expected == generate(str(tmp_path / "exported"), "12 squared", 12, 0.0, 0)
+    # In FP32 and in BF16; the ninth token is a tie, 0.001 between the two likeliest.
+    expected = generate(str(place / "run"), "12 squared", 8, 0.0, 0)
+    assert expected == generate(str(tmp_path / "exported"), "12 squared", 8, 0.0, 0)
     (tmp_path / "exported" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="has no tokenizer.json nor tiktoken.model; give a tokenizer"):
         generate(str(tmp_path / "exported"), "12", 4, 0.0, 0)
-    assert expected == generate(str(tmp_path / "exported"), "12 squared", 12, 0.0, 0, "bytes")
+    assert expected == generate(str(tmp_path / "exported"), "12 squared", 8, 0.0, 0, "bytes")
 
 
 def test_convert_and_inspect_take_a_run(place, tmp_path, capsys):

@@ -1,42 +1,30 @@
-"""Continues a prompt with a trained model: a plain decode that runs the whole sequence for every token."""
+"""dsjax generate: one prompt, a file of prompts, or a conversation."""
 
-import dataclasses
-import functools
-import math
-from pathlib import Path
-from typing import Any, NamedTuple
+import sys
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
-from dsjax import hub
-from dsjax.config import Config, ConfigError, MeshConfig, ModelConfig, from_dict
-from dsjax.data import tokenizer as tokenizers
-from dsjax.hub.architecture import is_published
-from dsjax.hub.directory import read_architecture
-from dsjax.sharding import make_mesh
-from dsjax.training import checkpoint
-from dsjax.training.machine import use_compile_cache
-from dsjax.training.state import abstract_state, build_network
-from dsjax.training.workdir import CHECKPOINTS, find_tokenizer
+from dsjax.config import Config
+from dsjax.inference.chat import Conversation, find_template
+from dsjax.inference.engine import Engine
+from dsjax.inference.loading import load
+from dsjax.inference.prefix import PrefixCache
+from dsjax.inference.prompt_file import complete_file
+from dsjax.inference.sampling import Sampling
+from dsjax.inference.startup import Startup
 
-LENGTH_BUCKET = 64  # sequences are padded to a multiple, so that prompts of similar length share a program
-
-
-class Ready(NamedTuple):
-    """A model on its devices, ready to decode."""
-
-    config: Config
-    mesh: Mesh
-    params: Any
-    router_bias: Any
+SAMPLING = ("top_k", "top_p", "min_p", "stop")  # keywords that belong to Sampling; the others are the engine's
 
 
 def generate(
-    path: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, tokenizer: str | None = None
+    path: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    tokenizer: str | None = None,
+    **more: Any,
 ) -> str:
     """The prompt and its continuation by the newest checkpoint of a run, or by a published checkpoint.
 
@@ -47,87 +35,89 @@ def generate(
       temperature: 0 takes the likeliest token; otherwise one is drawn from softmax(logits / temperature).
       seed: of the draws.
       tokenizer: as config.data.tokenizer; None: the run's, or the one beside the published weights.
+      more: other fields of Sampling (top_k, top_p, min_p, stop) and keywords of Engine; `prefix_cache` is a directory.
 
     Raises:
       ConfigError: there is no usable checkpoint, or prompt and continuation exceed max_position_embeddings.
     """
-    directory = Path(path)
-    config = _published_config(directory, tokenizer) if is_published(directory) else _run_config(directory, tokenizer)
-    text = tokenizers.load(config.data.tokenizer)
-    ids = text.encode(prompt) or [text.eos_id]
-    _check_fit(config.model, text.vocab_size, config.data.tokenizer, len(ids), max_new_tokens)
-    use_compile_cache(config.monitor.compile_cache)
-    model = _load_published(directory, config) if is_published(directory) else _load_run(directory, config)
-    new_ids = decode(*model, ids, max_new_tokens, temperature, seed, text.eos_id)
-    return text.decode(ids if prompt else []) + text.decode(new_ids)
+    startup = Startup()
+    engine, asked = _ready(path, tokenizer, {"slots": 1, **more}, (max_new_tokens, temperature, seed))
+    [result] = engine.generate([prompt], asked)
+    print(startup.told(), file=sys.stderr)
+    _leave(engine)
+    assert engine.tokenizer is not None and result.text is not None
+    return (engine.tokenizer.decode(result.prompt) if prompt else "") + result.text
 
 
-def _check_fit(model: ModelConfig, vocab_size: int, tokenizer: str, prompt: int, new: int) -> None:
-    if prompt + new > model.max_position_embeddings:
-        raise ConfigError(
-            f"the prompt's {prompt} tokens and {new} new ones exceed max_position_embeddings ="
-            f" {model.max_position_embeddings}; shorten the prompt or lower --max-new-tokens"
-        )
-    if vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer!r} has {vocab_size} tokens, but the model only {model.vocab_size}; give the"
-            " model's own with --tokenizer"
-        )
+def generate_file(
+    path: str,
+    prompts: str,
+    out: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    tokenizer: str | None = None,
+    **more: Any,
+) -> str:
+    """Continues every prompt of a JSONL file into another one, going on where an interrupted call stopped; a summary.
+
+    The arguments are those of `generate`, the files those of `prompt_file.complete_file`.
+    """
+    engine, asked = _ready(path, tokenizer, more, (max_new_tokens, temperature, seed))
+    try:
+        return complete_file(engine, prompts, out, asked, find_template(engine.config.data.tokenizer))
+    finally:
+        _leave(engine)
 
 
-def _run_config(run: Path, tokenizer: str | None) -> Config:
-    directory = run / CHECKPOINTS
-    step = checkpoint.latest(directory)
-    if step is None:
-        raise ConfigError(
-            f"{run} holds no checkpoint of a dsjax run, and no config.json of a published one; give the --workdir of a"
-            " run that saved one, or a directory as on the Hugging Face hub"
-        )
-    config = from_dict(checkpoint.read_meta(directory, step)["config"])
-    return _with_tokenizer(config, tokenizer or find_tokenizer(run, config.data.tokenizer))
+def chat(
+    path: str, max_new_tokens: int, temperature: float, seed: int, tokenizer: str | None = None, **more: Any
+) -> None:
+    """A conversation on the terminal, until the input ends; answers appear as they are written.
+
+    The prompt is the model's chat template where it has one; otherwise a plain transcript of user and assistant.
+    """
+    engine, asked = _ready(path, tokenizer, {"slots": 1, **more}, (max_new_tokens, temperature, seed))
+    if engine.prefix_cache is None:
+        engine.prefix_cache = PrefixCache()  # each turn begins with all the turns before
+    talk = Conversation(engine, asked, find_template(engine.config.data.tokenizer))
+    try:
+        while (line := _read_line()) is not None:
+            for piece in talk.answer(line):
+                print(piece, end="", flush=True)
+            print()
+    finally:
+        _leave(engine)
 
 
-def _published_config(directory: Path, tokenizer: str | None) -> Config:
-    """What decoding needs of a Config: the architecture without MTP, BF16 arithmetic, the tokenizer beside it."""
-    model = dataclasses.replace(read_architecture(directory), num_nextn_predict_layers=0)
-    own = tokenizers.beside(directory)
-    if tokenizer is None and own is None:
-        files = " nor ".join(tokenizers.FILES)
-        raise ConfigError(f"{directory} has no {files}; give a tokenizer with --tokenizer bytes|deepseek|FILE")
-    return _with_tokenizer(Config(model=model), tokenizer or str(own))
+def _read_line() -> str | None:
+    """The next line that is not empty; None where the input ends."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            return None
+        if line.strip():
+            return line
 
 
-def _with_tokenizer(config: Config, name: str) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+def _ready(
+    path: str, tokenizer: str | None, more: dict[str, Any], asked: tuple[int, float, int]
+) -> tuple[Engine, Sampling]:
+    max_new_tokens, temperature, seed = asked
+    how = {name: value for name, value in more.items() if name in SAMPLING}
+    sampling = Sampling(max_new_tokens, temperature, seed=seed, **how)
+    options = {name: value for name, value in more.items() if name not in SAMPLING}
+    if options.get("prefix_cache") is not None:
+        options["prefix_cache"] = PrefixCache(directory=options["prefix_cache"])
+    return load(path, tokenizer=tokenizer, **options), sampling
 
 
-def _load_run(run: Path, config: Config) -> Ready:
-    mesh = _mesh_for(config.mesh)
-    step = checkpoint.latest(run / CHECKPOINTS)
-    assert step is not None
-    state = abstract_state(config, mesh)
-    wanted = {"params": state.params, "router_bias": state.router_bias}
-    loaded = checkpoint.restore(run / CHECKPOINTS, step, wanted, part=True)
-    return Ready(config, mesh, loaded["params"], loaded["router_bias"])
-
-
-def _load_published(directory: Path, config: Config) -> Ready:
-    """Weights as stored, over all devices: experts first, then fsdp, as far as the sizes divide."""
-    count, model = len(jax.devices()), config.model
-    cut = math.gcd(model.hidden_size, model.kv_lora_rank, model.q_lora_rank or 0)
-    expert = math.gcd(model.n_routed_experts, count, cut)
-    mesh = _mesh_for(MeshConfig(1, math.gcd(cut // expert, count // expert), expert))
-    loaded = hub.load(directory, mesh, config=model)
-    return Ready(config, mesh, loaded.params, loaded.router_bias)
-
-
-def _mesh_for(trained: MeshConfig) -> Mesh:
-    """A mesh without its data axis, which is of no use to one text; one device if there are too few."""
-    devices = jax.devices()
-    wanted = trained.fsdp * trained.expert
-    if len(devices) < wanted:
-        return make_mesh(MeshConfig(1, 1, 1), devices[:1])
-    return make_mesh(MeshConfig(1, trained.fsdp, trained.expert), devices[:wanted])
+def _leave(engine: Engine) -> None:
+    """Keeps prefixes for the next process, where there is a directory for them."""
+    if engine.prefix_cache is not None:
+        engine.prefix_cache.flush()
 
 
 def decode(
@@ -142,53 +132,7 @@ def decode(
     eos_id: int | None,
 ) -> list[int]:
     """The tokens that follow `prompt_ids`, without the end-of-document token that may have ended them."""
-    length = len(prompt_ids) + max_new_tokens
-    padded = -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
-    buffer_BT = np.zeros((mesh.size, padded), np.int32)  # the same sequence on every device; the first is read
-    buffer_BT[:, : len(prompt_ids)] = prompt_ids
-    run = _decoder(config, mesh)
-    tokens_BT, end = run(
-        params,
-        router_bias,
-        buffer_BT,
-        np.int32(len(prompt_ids)),
-        np.int32(length),
-        np.float32(temperature),
-        jax.random.key(seed),
-        np.int32(-1 if eos_id is None else eos_id),
-    )
-    return np.asarray(tokens_BT)[0, len(prompt_ids) : int(end)].tolist()
-
-
-@functools.lru_cache(maxsize=8)
-def _decoder(config: Config, mesh: Mesh):
-    """The compiled loop of one configuration; it compiles once per padded length."""
-    net = build_network(config, mesh)
-
-    @jax.jit
-    def run(params, router_bias, tokens_BT, start, stop, temperature, key, eos_id):
-        model = net.bind(params, router_bias)
-
-        def pick(tokens_BT, position):
-            hidden_BTD = model(tokens_BT).hidden_BTD
-            last_BD = lax.dynamic_index_in_dim(hidden_BTD, position - 1, axis=1, keepdims=False)
-            logits_V = model.logits(last_BD)[0]
-            drawn = jax.random.categorical(jax.random.fold_in(key, position), logits_V / jnp.maximum(temperature, 1e-6))
-            return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
-
-        def add_token(carry):
-            tokens_BT, position, _ = carry
-            token = pick(tokens_BT, position)
-            ended = token == eos_id
-            column = jnp.full((tokens_BT.shape[0], 1), token)
-            tokens_BT = lax.dynamic_update_slice(tokens_BT, column, (0, position))
-            return tokens_BT, jnp.where(ended, position, position + 1), ended
-
-        def unfinished(carry):
-            _, position, ended = carry
-            return (position < stop) & ~ended
-
-        tokens_BT, end, _ = lax.while_loop(unfinished, add_token, (tokens_BT, start, jnp.bool_(False)))
-        return tokens_BT, end
-
-    return run
+    stops = () if eos_id is None else (eos_id,)
+    engine = Engine(config, params, router_bias, mesh, slots=1)
+    [result] = engine.generate([prompt_ids], Sampling(max_new_tokens, temperature, seed=seed, stop_tokens=stops))
+    return result.tokens[:-1] if result.tokens[-1] == eos_id else result.tokens
