@@ -6,6 +6,10 @@
 # Without arguments: fp8_deepseek, fp8_tensorwise and fp8_gradient_blocks, each some 20 minutes on two idle cores, and
 # BF16 first. The runs lie in runs/fp8; interrupted, it goes on where it was. docs/fp8.md tells what came out once.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh plots
 

@@ -5,6 +5,10 @@
 #
 # Interrupted, it goes on where it was. The run lies in runs/quickstart; remove that folder to start again.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh plots
 

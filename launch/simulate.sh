@@ -7,6 +7,10 @@
 # The run lies in runs/, named after the configuration and N. The devices share the cores: this shows that a mesh works
 # and what it computes, never how fast it is.
 set -euo pipefail
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 if [ $# -lt 2 ]; then
     echo "usage: $0 N CONFIG [--config.section.field=value ...]" >&2
     exit 2
