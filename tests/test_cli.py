@@ -75,7 +75,10 @@ def test_module_and_script_are_the_same_program(repository):
         ("train --config TINY --workdir x y", 'unexpected argument "y"; see dsjax train --help'),
         ("train --config TINY --workdir x --devices 0", "--devices is 0, but must be at least 1"),
         ("train --config TINY --workdir x --devices two", "argument --devices: invalid int value: 'two'"),
-        ("train --config TINY --workdir x --devices 2 --distributed", "--devices simulates a mesh inside one process"),
+        ("train --config TINY --workdir x --processes 2 --process 1", "--coordinator missing: give --coordinator HOST"),
+        ("train --config TINY --workdir x --distributed --process 1", "--distributed finds out what --coordinator"),
+        ("train --config TINY --workdir x --process one", "argument --process: invalid int value: 'one'"),
+        ("bench --config TINY --coordinator here", "--processes and --process missing: give --coordinator HOST:PORT"),
         ("train --config TINY --workdir x --config.model.hidden_sise=3", "did you mean model.hidden_size?"),
         ("train --config TINY --workdir x --config.training.seed", "--config.training.seed needs a value"),
         ("train --config TINY --workdir x --config.training.seed --devices 8", "--config.training.seed needs a value"),
@@ -83,6 +86,9 @@ def test_module_and_script_are_the_same_program(repository):
             "train --config TINY --workdir x --config.hardware.name=H80",
             'unknown hardware.name "H80"; did you mean H800?',
         ),
+        ("train --config TINY --workdir x --allow-change optimizer.lr", "--allow-change: unknown field optimizer.lr"),
+        ("train --config TINY --workdir x --allow-change optimizer", "optimizer is a section; name the field"),
+        ("train --config TINY --workdir x --allow-change model.hidden_size", "cannot change within a run"),
         ("train --config none.py --workdir x", "cannot read the config file none.py: No such file or directory"),
         ("report x --config.training.seed=3", "reads no config file"),
         ("generate --checkpoint x --prompt y --max-new-tokens 0", "--max-new-tokens is 0"),
@@ -107,8 +113,8 @@ def test_mistake_is_one_sentence_and_exits_2(capsys, called, tiny, line, sentenc
 def test_overrides_are_read_in_both_spellings(called, tiny):
     words = ["train", "--config.mesh.data", "-1", "--config", tiny, "--config.training.seed=7", "--workdir", "w"]
     assert main(words) == 0
-    config, workdir = called["train"]
-    assert (config.training.seed, config.mesh.data, workdir) == (7, -1, "w")
+    config, workdir, allowed = called["train"]
+    assert (config.training.seed, config.mesh.data, workdir, allowed) == (7, -1, "w", ())
 
 
 def test_tilde_is_the_home_directory_in_every_spelling(called, tiny, monkeypatch):
@@ -140,6 +146,7 @@ def test_distributed_without_a_cluster_is_told(repository, tmp_path):
     ran = subprocess.run([sys.executable, "-m", "dsjax", *words], cwd=repository, capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr.startswith("dsjax: --distributed found no cluster to join") and ran.stderr.count("\n") == 1
+    assert "or give --coordinator HOST:PORT" in ran.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +162,7 @@ def test_arguments_reach_generate_report_and_bench(called, tiny, capsys):
 
 
 def test_exit_status_of_train_is_passed_on(monkeypatch, tiny):
-    stopped = types.SimpleNamespace(train=lambda config, workdir: types.SimpleNamespace(exit_code=130))
+    stopped = types.SimpleNamespace(train=lambda *_: types.SimpleNamespace(exit_code=130))
     monkeypatch.setitem(sys.modules, "dsjax.training.loop", stopped)
     assert main(["train", "--config", tiny, "--workdir", "w"]) == 130
 
