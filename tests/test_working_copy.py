@@ -40,6 +40,7 @@ def gathered_bytes(program, dtype):
     return width * sum(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "expert": 2}], ids=str)
 def test_a_step_is_the_same_to_the_bit_and_gathers_bytes(axes):
     (state, metrics, plain), (with_copy, its_metrics, copied) = (one_step(copy, **axes) for copy in (False, True))
