@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ EOS_NAMES = (
 NAMES = ("bytes", "deepseek")  # what is not a file of the user's
 FILES = ("tokenizer.json", "tiktoken.model")  # the first that is there is taken
 CODE = "tokenization_*.py"  # beside a tiktoken.model
+TEMPLATE_FILE = "chat_template.jinja"  # beside either, where the model has one
 # What comes before the prefix, before the suffix and before the middle.
 FIM_NAMES = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
@@ -59,7 +61,7 @@ class Tokenizer(Protocol):
         """The text of `ids`; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
 
     def write(self, directory: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, from which transformers makes the same tokenizer."""
+        """Writes the files from which transformers makes the same tokenizer, the chat template included."""
 
 
 class ByteTokenizer:
@@ -132,11 +134,14 @@ class JsonTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_template(self, text: str) -> list[int]:
-        from tokenizers import Tokenizer as Library
+        return self._with_special.encode(text, add_special_tokens=False).ids
 
-        with_special = Library.from_str(self._tokenizer.to_str())
-        with_special.encode_special_tokens = False
-        return with_special.encode(text, add_special_tokens=False).ids
+    @functools.cached_property
+    def _with_special(self) -> Any:
+        """The same tokenizer, to which special tokens are special."""
+        copy = _import_tokenizers().Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        return copy
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -152,6 +157,7 @@ class JsonTokenizer:
             shutil.copyfile(beside, directory / beside.name)
         else:
             _write_json(directory / beside.name, _tokenizer_config(self._eos))
+        _copy_template(self._path, directory)
 
 
 class TiktokenTokenizer:
@@ -203,6 +209,13 @@ class TiktokenTokenizer:
     def write(self, directory: Path) -> None:
         for file in (self._path, self._path.with_name("tokenizer_config.json"), *self._path.parent.glob(CODE)):
             shutil.copyfile(file, directory / file.name)
+        _copy_template(self._path, directory)
+
+
+def _copy_template(tokenizer: Path, directory: Path) -> None:
+    template = tokenizer.with_name(TEMPLATE_FILE)
+    if template.is_file():
+        shutil.copyfile(template, directory / TEMPLATE_FILE)
 
 
 def _pattern_beside(path: Path) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dsjax.config import Config
-from dsjax.inference.chat import Conversation, find_template
+from dsjax.data.chat import find_template
+from dsjax.inference.chat import Conversation
 from dsjax.inference.engine import Engine
 from dsjax.inference.loading import load
 from dsjax.inference.prefix import PrefixCache

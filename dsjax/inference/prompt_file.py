@@ -10,7 +10,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dsjax.config import ConfigError
-from dsjax.inference.chat import Template, conversation_tokens
+from dsjax.data.chat import Template, conversation_tokens
+from dsjax.inference.chat import with_stop
 from dsjax.inference.engine import Engine, Result
 from dsjax.inference.sampling import SEEDS, Sampling
 
@@ -90,7 +91,8 @@ def _request(
     if "prompt" in line:
         tokens = engine.tokenizer.encode(line["prompt"])
     else:
-        tokens, asked = conversation_tokens(engine.tokenizer, line["messages"], template, asked)
+        tokens = conversation_tokens(engine.tokenizer, line["messages"], template)
+        asked = with_stop(asked, template)
     engine.check(tokens, asked)
     return tokens, asked
 
