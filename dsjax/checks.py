@@ -63,7 +63,7 @@ OPEN = {  # axes that may be left open, and what -1 then means
 
 NOT_EMPTY = ("init_from", "data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
 
-SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME")
+SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME", "chat:FOLDER_OR_GLOB")
 
 
 def problems(config: "Config") -> Iterator[str]:
@@ -242,8 +242,14 @@ def data_problems(data: "DataConfig") -> Iterator[str]:
         yield f"data.sources is empty; name at least one of {', '.join(SOURCES)}"
     for source in data.sources:
         kind, colon, rest = source.partition(":")
-        if source != "python_stdlib" and not (kind in ("text_files", "tfds") and colon and rest):
+        if source != "python_stdlib" and not (kind in ("text_files", "tfds", "chat") and colon and rest):
             yield f'unknown source "{source}" in data.sources{did_you_mean(source, SOURCES)}'
+    kinds = [source.startswith("chat:") for source in data.sources]
+    if any(kinds) and not all(kinds):
+        yield (
+            f"data.sources mixes conversations ({data.sources[kinds.index(True)]}) with plain text"
+            f" ({data.sources[kinds.index(False)]}), whose losses are not alike; train on one after the other"
+        )
     if data.weights is not None:
         if len(data.weights) != len(data.sources):
             yield f"data.weights has {len(data.weights)} numbers for {len(data.sources)} data.sources; give one each"

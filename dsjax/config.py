@@ -111,16 +111,24 @@ class DispatchConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read. Sources: `python_stdlib`, `text_files:FOLDER_OR_GLOB`, `tfds:NAME`."""
+    """What is read. Sources: `python_stdlib`, `text_files:FOLDER_OR_GLOB`, `tfds:NAME`; or `chat:FOLDER_OR_GLOB` alone.
+
+    A `chat` source holds conversations (.jsonl), whose answers are trained and whose prompts are not.
+    """
 
     sources: tuple[str, ...] = ("python_stdlib",)
     weights: tuple[float, ...] | None = None  # mixture weights, one a source; None: by size
     tokenizer: str = "bytes"  # "bytes", "deepseek" (extra `tokenizer`), or a tokenizer.json or tiktoken.model
     sequence_length: int = 256  # predicted tokens in a packed row
-    fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (PSM) [V3 §4.1]
+    fim_rate: float = 0.1  # share of documents rearranged for fill-in-the-middle (PSM) [V3 §4.1]; chat: none
     validation_fraction: float = 0.01  # share of documents, chosen by hash
     directory: str | None = None  # prepared data; None: ~/.cache/dsjax/data
     text_key: str = "text"  # the field that holds the text in jsonl, parquet and TFDS records
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows hold samples, marked as in dsjax.data.marks, instead of plain text."""
+        return any(source.startswith("chat:") for source in self.sources)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Loader:
 
     Attributes:
       num_rows: rows of all sources together, an epoch when mixed by size.
-      bytes_per_token: UTF-8 bytes of text a predicted token stands for, over the mixture; nats per token divided by
+      bytes_per_token: UTF-8 bytes of text a trained token stands for, over the mixture; nats per token divided by
         it are nats per byte.
       fingerprint: changes when, for one seed, any element of the order changes.
     """
@@ -46,8 +46,10 @@ class Loader:
         fingerprints = [source.manifest["fingerprint"] for source in prepared]
         self._order = _order(sizes, weights, [_seed(seed, split, i, name) for i, name in enumerate(fingerprints)])
         self.num_rows = sum(sizes)
-        densities = [count["bytes"] / count["tokens"] for count in counts]
-        self.bytes_per_token = float(np.average(densities, weights=weights))
+        densities = [count["bytes"] / count["answers"] for count in counts]
+        # The share of a row's tokens that are trained: all of them in text, where the stream is longer than its rows.
+        trained = [min(1.0, count["answers"] / (count["rows"] * self._length)) for count in counts]
+        self.bytes_per_token = float(np.average(densities, weights=np.multiply(weights, trained)))
         self.fingerprint = hashlib.sha256(json.dumps([fingerprints, weights, split]).encode()).hexdigest()
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:

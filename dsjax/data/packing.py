@@ -39,6 +39,16 @@ class Stream:
         """Rows of sequence_length + 1 tokens; the last token of one is the first of the next."""
         return max(0, self.tokens - 1) // sequence_length
 
+    def counts(self, sequence_length: int) -> dict[str, int]:
+        """What the manifest says of it; `answers` are the tokens whose prediction is trained, here all of them."""
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "answers": self.tokens,
+            "rows": self.rows(sequence_length),
+        }
+
 
 @dataclass(frozen=True)
 class Packed:

@@ -24,8 +24,10 @@ import tensorflow_datasets as tfds
 from dsjax.checks import data_problems
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import sources, tokenizer
+from dsjax.data.chat import Template, find_template
 from dsjax.data.packing import Packed, Stream, pack
 from dsjax.data.progress import shown
+from dsjax.data.samples import pack_samples
 from dsjax.data.sources import Skipped, Source
 from dsjax.data.tokenizer import Tokenizer
 
@@ -105,7 +107,11 @@ class HostedText(PackedText):
     """The dataset `hosted_text`: the train split of any hosted TFDS dataset of texts, packed."""
 
 
-BUILDERS = {builder.name: builder for builder in (PythonStdlib, TextFiles, HostedText)}
+class Chat(PackedText):
+    """The dataset `chat`: samples of conversations, packed; tokens are marked as in dsjax.data.marks."""
+
+
+BUILDERS = {builder.name: builder for builder in (PythonStdlib, TextFiles, HostedText, Chat)}
 
 
 def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
@@ -118,7 +124,7 @@ def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
     """
     check(data)
     tokens = tokenizer.load(data.tokenizer)
-    if data.fim_rate > 0 and tokens.fim_ids is None:
+    if data.fim_rate > 0 and tokens.fim_ids is None and not data.is_chat:
         raise ConfigError(
             f"the tokenizer {data.tokenizer!r} has no fill-in-the-middle tokens; set --config.data.fim_rate=0"
         )
@@ -130,7 +136,11 @@ def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
             f"the data directory {root} cannot be made ({error.strerror}); set --config.data.directory"
         ) from error
     _remove_stale(root)
-    return [_prepare_source(sources.find(name, data.text_key), tokens, data, root, progress) for name in data.sources]
+    template = find_template(data.tokenizer) if data.is_chat else None
+    return [
+        _prepare_source(sources.find(name, data.text_key), tokens, template, data, root, progress)
+        for name in data.sources
+    ]
 
 
 def check(data: DataConfig) -> None:
@@ -143,7 +153,7 @@ def summary(prepared: Prepared) -> str:
     """What was prepared, for the console: sizes of both splits, place, and what was skipped."""
     manifest = prepared.manifest
     parts = [
-        f"{split} {counts['tokens']:,} tokens in {counts['rows']:,} rows ({counts['documents']:,} documents)"
+        f"{split} {counts['tokens']:,} tokens in {counts['rows']:,} rows ({_inside(counts)})"
         for split, counts in manifest["splits"].items()
     ]
     lines = [f"{manifest['source']}: {'; '.join(parts)}", f"  in {prepared.directory}"]
@@ -151,6 +161,15 @@ def summary(prepared: Prepared) -> str:
         lines.append("  too few documents to hold out whole ones: validation is the end of the token stream")
     lines += [f"  skipped {line}" for line in _told(manifest["skipped"])]
     return "\n".join(lines)
+
+
+def _inside(counts: dict[str, int]) -> str:
+    """What the rows of a split hold, for the console."""
+    documents = f"{counts['documents']:,} documents"
+    if "samples" not in counts:
+        return documents
+    full = 1 - counts["padding"] / (counts["tokens"] - 1)
+    return f"{documents}, {counts['samples']:,} samples, {counts['answers']:,} tokens of answers, {full:.1%} full"
 
 
 def _told(skipped: dict[str, dict[str, Any]]) -> list[str]:
@@ -161,14 +180,19 @@ def _told(skipped: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _prepare_source(source: Source, tokens: Tokenizer, data: DataConfig, root: Path, progress: bool) -> Prepared:
+def _prepare_source(
+    source: Source, tokens: Tokenizer, template: Template | None, data: DataConfig, root: Path, progress: bool
+) -> Prepared:
     options = {
         "format": FORMAT,
         "tokenizer": tokens.fingerprint,
         "sequence_length": data.sequence_length,
-        "fim_rate": data.fim_rate,
         "validation_fraction": data.validation_fraction,
     }
+    if data.is_chat:
+        options["chat_template"] = template and {"source": template.source, **template.names}
+    else:
+        options["fim_rate"] = data.fim_rate
     digest = _digest(options, source.identity)
     directory = root / f"{source.kind}-{digest[:16]}"
     if directory.exists():
@@ -178,7 +202,10 @@ def _prepare_source(source: Source, tokens: Tokenizer, data: DataConfig, root: P
         skipped = Skipped()
         documents = source.read(skipped)
         watched = shown(documents, lambda document: document.done, source.size, source.unit, source.title, progress)
-        packed = pack(watched, tokens, data, work)
+        if data.is_chat:
+            packed = pack_samples(watched, tokens, template, data, work, skipped)
+        else:
+            packed = pack(watched, tokens, data, work)
         splits = _usable_splits(packed, source, skipped, data)
         builder = BUILDERS[source.kind](splits, data.sequence_length, progress, work)
         builder.download_and_prepare()
@@ -190,7 +217,7 @@ def _prepare_source(source: Source, tokens: Tokenizer, data: DataConfig, root: P
             "options": options,
             "vocab_size": tokens.vocab_size,
             "validation_is_tail": packed.validation_is_tail,
-            "splits": {name: _counts(stream, data.sequence_length) for name, stream in splits.items()},
+            "splits": {name: stream.counts(data.sequence_length) for name, stream in splits.items()},
             "skipped": _as_json(skipped),
             "files": {path.name: path.stat().st_size for path in sorted(Path(builder.data_path).iterdir())},
         }
@@ -216,6 +243,8 @@ def _existing(directory: Path, digest: str) -> Prepared:
     """The prepared source in `directory`, whose manifest is written last and renamed with it."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
+        for counts in manifest["splits"].values():
+            counts.setdefault("answers", counts["tokens"])  # of text, written before there were samples
         if manifest["digest"] == digest and _is_whole(manifest):
             return Prepared(directory, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -229,14 +258,16 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
     May raise KeyError, TypeError or AttributeError where it is not.
     """
     splits, skipped = manifest["splits"], manifest["skipped"]
-    counts = [count[name] for count in splits.values() for name in ("tokens", "documents", "bytes", "rows")]
+    own = ("tokens", "documents", "bytes", "rows", "answers")
+    counts = [count[name] for count in splits.values() for name in own]
+    counts += [count[name] for count in splits.values() if "samples" in count for name in ("samples", "padding")]
     counts += [item["count"] for item in skipped.values()] + list(manifest["files"].values())
     counts += [manifest["vocab_size"], manifest["options"]["sequence_length"]]
     texts = [manifest["fingerprint"], manifest["source"], *(one for item in skipped.values() for one in item["first"])]
     return (
         "train" in splits
         and all(type(count) is int and count >= 0 for count in counts)
-        and all(count["tokens"] > 0 and count["rows"] > 0 for count in splits.values())
+        and all(count["tokens"] > 1 and count["rows"] > 0 and count["answers"] > 0 for count in splits.values())
         and all(isinstance(text, str) for text in texts)
         and isinstance(manifest["validation_is_tail"], bool)
         and all(Path(name).name == name for name in manifest["files"])
@@ -246,9 +277,10 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
 def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataConfig) -> dict[str, Stream]:
     """The splits that have rows; refuses a source without documents or without a row to train on."""
     if not packed.train.documents + packed.validation.documents:
+        where = "data.sequence_length for long answers" if data.is_chat else "data.text_key for records"
         raise ConfigError(
             f"{source.title} has no document to train on, skipped {'; '.join(_told(_as_json(skipped)))}; "
-            "look at the files, and at --config.data.text_key for records"
+            f"look at the files, and at --config.{where}"
         )
     if not packed.train.rows(data.sequence_length):
         raise ConfigError(
@@ -257,15 +289,6 @@ def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataC
         )
     both = {"train": packed.train, "validation": packed.validation}
     return {name: stream for name, stream in both.items() if stream.rows(data.sequence_length)}
-
-
-def _counts(stream: Stream, sequence_length: int) -> dict[str, int]:
-    return {
-        "tokens": stream.tokens,
-        "documents": stream.documents,
-        "bytes": stream.bytes,
-        "rows": stream.rows(sequence_length),
-    }
 
 
 def _as_json(skipped: Skipped) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where text comes from: the interpreter's standard library, files, or a hosted TFDS dataset, as documents.
+"""Where text comes from: the interpreter's standard library, files, conversations, a TFDS dataset; as documents.
 
 Whatever cannot be read is skipped, named and counted, never fatal; only a source without any document is refused.
 """
@@ -23,8 +23,10 @@ from typing import NamedTuple, TypeGuard
 import tensorflow_datasets as tfds
 
 from dsjax.config import ConfigError
+from dsjax.data.chat import messages_of
 
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")  # each also with .gz
+CHAT_SUFFIXES = (".jsonl",)  # also with .gz
 PIECE_BYTES = 1 << 20  # a plain file longer than this becomes several documents, cut at line ends
 NAMED_SKIPS = 20  # skipped items kept by name for each reason; all are counted
 NETWORK_TIMEOUT = 10.0  # seconds
@@ -51,6 +53,12 @@ class Skipped:
             self.named.setdefault(reason, []).append(name)
 
 
+# (path, its size, its name, skipped) to its documents; `done` counts the bytes of the file itself, packed or not.
+FileReader = Callable[[Path, int, str, Skipped], Iterator[Document]]
+# (open file, its name, skipped) to names and texts of documents
+PartReader = Callable[[BufferedIOBase, str, Skipped], Iterator[tuple[str, str]]]
+
+
 @dataclass(frozen=True)
 class Source:
     """A source that exists. `identity` is cheap to get and changes when other documents might be read.
@@ -59,7 +67,7 @@ class Source:
     in `unit`.
     """
 
-    kind: str  # "python_stdlib", "text_files" or "hosted_text"
+    kind: str  # "python_stdlib", "text_files", "hosted_text" or "chat"
     title: str
     identity: str
     size: int
@@ -68,10 +76,11 @@ class Source:
 
 
 def find(name: str, text_key: str) -> Source:
-    """The source called `python_stdlib`, `text_files:FOLDER_FILE_OR_GLOB` or `tfds:NAME[/CONFIG][:VERSION]`.
+    """The source called `python_stdlib`, `text_files:PLACE`, `chat:PLACE` or `tfds:NAME[/CONFIG][:VERSION]`.
 
-    `text_key` names the field with the text in jsonl, parquet and TFDS records. Raises ConfigError when there is no
-    such source or nothing in it.
+    PLACE is a folder, a file or a glob. `text_key` names the field with the text in jsonl, parquet and TFDS records. A
+    document of `chat` is the JSON text of a conversation's messages: it is hashed and split by it, as texts are.
+    Raises ConfigError when there is no such source or nothing in it.
     """
     kind, _, argument = name.partition(":")
     if kind == "python_stdlib" and not argument:
@@ -80,9 +89,11 @@ def find(name: str, text_key: str) -> Source:
         return _text_files(argument, text_key)
     if kind == "tfds" and argument:
         return _hosted(argument, text_key)
+    if kind == "chat" and argument:
+        return _chat(argument)
     raise ConfigError(
-        f"unknown data source {name!r}; --config.data.sources takes 'python_stdlib', 'text_files:FOLDER_OR_GLOB' "
-        "and 'tfds:NAME'"
+        f"unknown data source {name!r}; --config.data.sources takes 'python_stdlib', 'text_files:FOLDER_OR_GLOB', "
+        "'tfds:NAME' and 'chat:FOLDER_OR_GLOB'"
     )
 
 
@@ -107,7 +118,7 @@ def _python_stdlib() -> Source:
         identity=identity,
         size=sum(sizes),
         unit="B",
-        read=lambda skipped: _read_files(files, sizes, names, "text", skipped),
+        read=lambda skipped: _read_files(files, sizes, names, _text_reader("text"), skipped),
     )
 
 
@@ -116,38 +127,46 @@ def _text_files(where: str, text_key: str) -> Source:
 
     Kinds go by suffix: .jsonl and .parquet are records, anything else is plain text; .gz on top is unpacked.
     """
+    return _files("text_files", where, FOLDER_SUFFIXES, _text_reader(text_key), text_key)
+
+
+def _chat(where: str) -> Source:
+    """Conversations in .jsonl files, one a line; found as text files are."""
+    return _files("chat", where, CHAT_SUFFIXES, _read_chat)
+
+
+def _files(kind: str, where: str, suffixes: tuple[str, ...], read: FileReader, *options: str) -> Source:
+    """Those with one of `suffixes` below a folder, a file, or what a glob names; `options` also decide what is read."""
     root = Path(where).expanduser().resolve()
     if root.is_dir():
-        files = [path for path in sorted(root.rglob("*")) if _belongs(path, root)]
+        files = [path for path in sorted(root.rglob("*")) if _belongs(path, root, suffixes)]
         if not files:
             raise ConfigError(
-                f"there is no {', '.join(FOLDER_SUFFIXES)} file (or .gz of one) below {root}; "
-                f"name other files by a glob, as in text_files:{root}/**/*.py"
+                f"there is no {', '.join(suffixes)} file (or .gz of one) below {root}; "
+                f"name other files by a glob, as in {kind}:{root}/**/*.EXTENSION"
             )
     else:
         matches = [str(root)] if root.is_file() else glob.glob(str(Path(where).expanduser()), recursive=True)
         files = sorted(path for path in (Path(match).resolve() for match in matches) if path.is_file())
         if not files:
-            raise ConfigError(
-                f"text_files:{where} is neither a folder nor a file, nor does it match any file as a glob"
-            )
+            raise ConfigError(f"{kind}:{where} is neither a folder nor a file, nor does it match any file as a glob")
     facts = [(path, path.stat()) for path in files if path.exists()]
     files, sizes = [path for path, _ in facts], [stat.st_size for _, stat in facts]
     stamps = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in facts]
     return Source(
-        kind="text_files",
-        title=f"text_files:{where}",
-        identity=repr(("text_files", text_key, stamps)),
+        kind=kind,
+        title=f"{kind}:{where}",
+        identity=repr((kind, *options, stamps)),
         size=sum(sizes),
         unit="B",
-        read=lambda skipped: _read_files(files, sizes, [str(path) for path in files], text_key, skipped),
+        read=lambda skipped: _read_files(files, sizes, [str(path) for path in files], read, skipped),
     )
 
 
-def _belongs(path: Path, root: Path) -> bool:
+def _belongs(path: Path, root: Path, suffixes: tuple[str, ...]) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     packed_twice = path.name.lower().endswith(".parquet.gz")
-    return not hidden and not packed_twice and path.is_file() and _kind(path) in FOLDER_SUFFIXES
+    return not hidden and not packed_twice and path.is_file() and _kind(path) in suffixes
 
 
 def _kind(path: Path) -> str:
@@ -156,12 +175,12 @@ def _kind(path: Path) -> str:
 
 
 def _read_files(
-    files: list[Path], sizes: list[int], names: list[str], text_key: str, skipped: Skipped
+    files: list[Path], sizes: list[int], names: list[str], read: FileReader, skipped: Skipped
 ) -> Iterator[Document]:
     read_bytes = 0
     for path, size, name in zip(files, sizes, names, strict=True):
         try:
-            for document in _read_file(path, size, name, text_key, skipped):
+            for document in read(path, size, name, skipped):
                 yield document._replace(done=read_bytes + min(document.done, size))
         except FileNotFoundError:
             skipped.add(name, "vanished before it was read")
@@ -174,19 +193,29 @@ def _read_files(
         read_bytes += size
 
 
-def _read_file(path: Path, size: int, name: str, text_key: str, skipped: Skipped) -> Iterator[Document]:
-    """The documents of one file; `done` counts the bytes of the file itself, packed or not."""
-    if _kind(path) == ".parquet":
-        yield from _read_parquet(path, size, name, text_key, skipped)
-        return
+def _text_reader(text_key: str) -> FileReader:
+    """What reads a file of texts, by its kind."""
+
+    def read(path: Path, size: int, name: str, skipped: Skipped) -> Iterator[Document]:
+        if _kind(path) == ".parquet":
+            return _read_parquet(path, size, name, text_key, skipped)
+        return _unpacked(path, name, skipped, _texts(text_key) if _kind(path) == ".jsonl" else _read_plain)
+
+    return read
+
+
+def _read_chat(path: Path, size: int, name: str, skipped: Skipped) -> Iterator[Document]:
+    return _unpacked(path, name, skipped, _read_conversations)
+
+
+def _unpacked(path: Path, name: str, skipped: Skipped, parts: PartReader) -> Iterator[Document]:
     with path.open("rb") as raw:
         unpacked: BufferedIOBase = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-        read = _read_jsonl if _kind(path) == ".jsonl" else _read_plain
-        for label, text in read(unpacked, name, text_key, skipped):
+        for label, text in parts(unpacked, name, skipped):
             yield Document(label, text, raw.tell())
 
 
-def _read_plain(handle: BufferedIOBase, name: str, text_key: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
+def _read_plain(handle: BufferedIOBase, name: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
     """A file as one document, or as pieces cut at line ends when it is long; ends where it stops being UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte order mark is not text
     following = _piece(handle)
@@ -205,7 +234,33 @@ def _piece(handle: BufferedIOBase) -> bytes:
     return handle.read(PIECE_BYTES) + handle.readline(PIECE_BYTES)
 
 
-def _read_jsonl(handle: BufferedIOBase, name: str, text_key: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
+def _texts(text_key: str) -> PartReader:
+    """What reads the texts of a file of records."""
+
+    def read(handle: BufferedIOBase, name: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
+        for label, record in _records(handle, name, skipped):
+            text = record.get(text_key) if isinstance(record, dict) else None
+            if _usable(text, label, text_key, skipped):
+                yield label, text
+
+    return read
+
+
+def _read_conversations(handle: BufferedIOBase, name: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
+    for label, record in _records(handle, name, skipped):
+        try:
+            text = json.dumps(messages_of(record), ensure_ascii=False)
+            text.encode()
+        except UnicodeEncodeError:
+            skipped.add(label, "not Unicode (a lone surrogate)")
+        except ValueError as error:
+            skipped.add(label, str(error))
+        else:
+            yield label, text
+
+
+def _records(handle: BufferedIOBase, name: str, skipped: Skipped) -> Iterator[tuple[str, object]]:
+    """The JSON values of a file of lines, each with its name."""
     for number, line in enumerate(handle, start=1):
         label = f"{name}:{number}"
         if not line.strip():
@@ -217,9 +272,7 @@ def _read_jsonl(handle: BufferedIOBase, name: str, text_key: str, skipped: Skipp
         except (ValueError, RecursionError):
             skipped.add(label, "not JSON")
         else:
-            text = record.get(text_key) if isinstance(record, dict) else None
-            if _usable(text, label, text_key, skipped):
-                yield label, text
+            yield label, record
 
 
 def _read_parquet(path: Path, size: int, name: str, text_key: str, skipped: Skipped) -> Iterator[Document]:

@@ -39,6 +39,8 @@ def evaluate(
     Raises ConfigError for a source or a checkpoint that cannot be used, and where there is nothing to score.
     """
     source = sources.find(data, text_key)
+    if source.kind == "chat":
+        raise ConfigError(f"{source.title} holds conversations, but --data scores texts; name a source of texts")
     engine = load(path, tokenizer=tokenizer)
     trained = read_config(Path(path)).data.sequence_length if has_checkpoint(Path(path)) else PUBLISHED_LENGTH
     length = sequence_length or min(trained, engine.config.model.max_position_embeddings)
