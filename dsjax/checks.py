@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from dsjax.sections import did_you_mean
 
 if TYPE_CHECKING:
-    from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+    from dsjax.config import (
+        Config,
+        DataConfig,
+        GRPOConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TaskConfig,
+        TrainingConfig,
+    )
 
 # A field may be None where its type says so; then the rule does not apply.
 POSITIVE = """
@@ -29,6 +38,9 @@ POSITIVE = """
     divergence.window divergence.spike_std divergence.skip_steps
     evaluation.every_steps evaluation.sequences monitor.expert_load_every_steps monitor.quantisation_every_steps
     hardware.peak_flops_per_second
+    grpo.group_size grpo.minibatches grpo.clip_epsilon grpo.reference_every_steps grpo.max_new_tokens grpo.temperature
+    grpo.top_p grpo.slots grpo.validation_samples
+    task.steps task.steps_min task.largest task.limit task.timeout_seconds
 """.split()
 
 NOT_NEGATIVE = """
@@ -38,6 +50,7 @@ NOT_NEGATIVE = """
     optimizer.hold_tokens optimizer.final_learning_rate optimizer.weight_decay
     training.seed training.batch_ramp_tokens training.mtp_loss_weight training.mtp_loss_weight_final
     training.mtp_switch_tokens training.bias_update_speed training.bias_update_tokens
+    grpo.kl_coefficient grpo.off_policy_threshold
     hardware.price_per_chip_hour divergence.max_skipped divergence.spike_rise divergence.max_rollbacks
 """.split()
 
@@ -53,6 +66,9 @@ CHOICES = {
     "dispatch.form": ("auto", "local", "all_gather", "all_to_all"),
     "optimizer.moment_dtype": ("bfloat16", "float32"),
     "training.remat": ("none", "deepseek", "full"),
+    "grpo.ratio": ("token", "sequence"),
+    "grpo.old_log_probs": ("trainer", "rollout"),
+    "task.language": ("en", "zh"),
 }
 
 OPEN = {  # axes that may be left open, and what -1 then means
@@ -61,9 +77,15 @@ OPEN = {  # axes that may be left open, and what -1 then means
     "mesh.expert": "the size that moves the fewest bytes",
 }
 
-NOT_EMPTY = ("init_from", "data.directory", "data.text_key", "hardware.name", "monitor.compile_cache")
+NOT_EMPTY = ("init_from", "data.directory", "data.text_key", "hardware.name", "monitor.compile_cache", "task.system")
 
 SOURCES = ("python_stdlib", "text_files:FOLDER_OR_GLOB", "tfds:NAME", "chat:FOLDER_OR_GLOB")
+TASKS = ("arithmetic", "countdown", "jsonl:FILE")
+REWARDS = ("accuracy", "format", "language_consistency", "FILE.py:FUNCTION")
+
+# What the checkers of answers read: numbers of so many digits, expressions of so many numbers, and no longer ones.
+HIGHEST = 10**12
+MOST_NUMBERS = 32
 
 
 def problems(config: "Config") -> Iterator[str]:
@@ -78,6 +100,8 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _optimizer(config.optimizer)
     yield from _phases(config.training)
     yield from _checkpoints(config)
+    yield from _grpo(config.grpo)
+    yield from _task(config.task)
 
 
 def _value(config: "Config", path: str) -> Any:
@@ -293,6 +317,20 @@ def _fp8(config: "Config") -> Iterator[str]:
         )
 
 
+def _grpo(grpo: "GRPOConfig") -> Iterator[str]:
+    if grpo.top_p > 1:
+        yield f"grpo.top_p is {grpo.top_p}, but is a probability: at most 1"
+    if grpo.group_size == 1:
+        yield "grpo.group_size is 1, but a sample alone has no others to be compared with; take at least 2"
+    if grpo.keep_sampling_mask and grpo.top_p == 1:
+        yield "grpo.keep_sampling_mask is True, but with grpo.top_p = 1 nothing is left out; lower top_p or turn it off"
+    if grpo.keep_sampling_mask and grpo.old_log_probs == "rollout":
+        yield (
+            "grpo.keep_sampling_mask needs the old policy's log-probabilities within the mask, which the rollout does"
+            ' not give; set grpo.old_log_probs="trainer"'
+        )
+
+
 def _optimizer(optimizer: "OptimizerConfig") -> Iterator[str]:
     for name in ("b1", "b2"):
         if not 0 <= getattr(optimizer, name) < 1:
@@ -331,3 +369,32 @@ def _checkpoints(config: "Config") -> Iterator[str]:
             f"checkpoint.keep_best needs a validation loss at every checkpoint, but evaluation.every_steps = {measured}"
             f" does not divide checkpoint.every_steps = {saved}; set both alike"
         )
+
+
+def _task(task: "TaskConfig") -> Iterator[str]:
+    kind, _, file = task.name.partition(":")
+    if task.name not in TASKS[:2] and not (kind == "jsonl" and file):
+        yield f'unknown task.name "{task.name}"{did_you_mean(task.name, TASKS)}'
+    if task.steps_min is not None and task.steps_min > task.steps:
+        yield f"task.steps_min is {task.steps_min}, but chains have at most task.steps = {task.steps}; lower it"
+    for name in ("largest", "limit"):
+        if getattr(task, name) > HIGHEST:
+            yield f"task.{name} is {getattr(task, name)}, but must be at most {HIGHEST}"
+    if not 2 <= task.numbers <= MOST_NUMBERS:
+        yield f"task.numbers is {task.numbers}, but must be from 2 to {MOST_NUMBERS}"
+    if not 0 <= task.validation_fraction < 1:
+        yield f"task.validation_fraction is {task.validation_fraction}, but is a share of problems, below 1"
+    if not task.rewards:
+        yield f"task.rewards is empty; name at least one of {', '.join(REWARDS)}"
+    for reward in task.rewards:
+        file, _, function = reward.rpartition(":")
+        if reward not in REWARDS[:3] and not (file.endswith(".py") and function.isidentifier()):
+            yield f'unknown reward "{reward}" in task.rewards{did_you_mean(reward, REWARDS)}'
+        if task.rewards.count(reward) > 1:
+            yield f'task.rewards names "{reward}" twice; name it once, and set its task.weights'
+    if task.weights is not None:
+        if len(task.weights) != len(task.rewards):
+            yield f"task.weights has {len(task.weights)} numbers for {len(task.rewards)} task.rewards; give one each"
+        for weight in task.weights:
+            if not math.isfinite(weight):
+                yield f"task.weights holds {weight}, but every weight must be a finite number"

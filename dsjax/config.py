@@ -246,6 +246,50 @@ class FP8Config:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Problems with checkable answers, and what a completion is rewarded for. See posttraining/tasks.py, rewards.py."""
+
+    name: str = "arithmetic"  # "arithmetic", "countdown" or "jsonl:FILE"
+    steps: int = 3  # arithmetic: operations of a chain, at most
+    steps_min: int | None = None  # and at least; None: steps
+    largest: int = 9  # arithmetic and countdown: numbers are from 1 to it
+    limit: int = 99  # and no result on the way is above it
+    numbers: int = 4  # countdown: how many are to be combined
+    validation_fraction: float = 0.1  # share of problems, chosen by a hash of their text
+    # "accuracy", "format", "language_consistency", or FILE.py:FUNCTION, called with (prompt, completion, answer).
+    rewards: tuple[str, ...] = ("accuracy", "format")
+    weights: tuple[float, ...] | None = None  # one a reward; None: 1 each
+    language: str = "en"  # to think in: "en" or "zh"
+    system: str | None = None  # a system message before each problem; None: no such message
+    timeout_seconds: float = 5.0  # for each call of a reward from a file, which then counts as 0
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Reinforcement learning by `dsjax grpo`; a step's `training.batch_size` is its samples. Defaults: R1-Zero's."""
+
+    group_size: int = 16  # samples of one question, each other's baseline
+    minibatches: int = 16  # steps that are taken with the samples of one rollout
+    clip_epsilon: float = 10.0  # ratios beyond 1 - epsilon and 1 + epsilon gain nothing more; as printed for R1
+    kl_coefficient: float = 0.001  # beta; 0: no reference policy is kept
+    reference_every_steps: int | None = 400  # the policy becomes the reference; None: the first one stays
+    ratio: str = "token"  # of policies: of each "token", or of a whole "sequence", as V3's eq. 26 prints it
+    max_new_tokens: int = 32768  # of a sample
+    temperature: float = 1.0
+    top_p: float = 1.0
+    slots: int = 64  # samples that are decoded together
+    # V3.2's corrections, all off: the KL estimate weighted by the ratio; samples with a negative advantage left out
+    # where the mean of log(old / new) over their tokens exceeds the threshold; kept for the update, the choice that
+    # top_p left, and the experts that tokens went to.
+    unbiased_kl: bool = False
+    off_policy_threshold: float | None = None
+    keep_sampling_mask: bool = False
+    keep_routes: bool = False
+    old_log_probs: str = "trainer"  # whose log-probabilities are the old policy's: "trainer" or "rollout"
+    validation_samples: int = 1  # of each held-out problem: pass@1 is their mean, and they vote
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -261,6 +305,8 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     # How matmuls multiply: "fp32", "bf16", or an FP8 recipe of numerics/recipe.py: "fp8_deepseek" (V3),
     # "fp8_deepseek_ue8m0" (V3.1), "fp8_tensorwise", "fp8_gradient_blocks", "mxfp8". Master weights are always FP32.
     precision: str = "bf16"

@@ -294,6 +294,22 @@ IMPOSSIBLE = [
     (dict(optimizer=dict(b2=0.999)), "less than BF16 can hold"),
     (dict(optimizer=dict(hold_tokens=5)), "set optimizer.decay_tokens too"),
     (dict(optimizer=dict(final_learning_rate=1e-5)), "set optimizer.hold_tokens too"),
+    (dict(task=dict(name="arithmetics")), 'unknown task.name "arithmetics"; did you mean arithmetic?'),
+    (dict(task=dict(name="jsonl:")), 'unknown task.name "jsonl:"; did you mean jsonl:FILE?'),
+    (dict(task=dict(steps_min=4)), "task.steps_min is 4, but chains have at most task.steps = 3"),
+    (dict(task=dict(largest=10**12 + 1)), "task.largest is 1000000000001, but must be at most 1000000000000"),
+    (dict(task=dict(limit=0)), "task.limit is 0, but must be above 0"),
+    (dict(task=dict(numbers=1)), "task.numbers is 1, but must be from 2 to 32"),
+    (dict(task=dict(validation_fraction=1.0)), "task.validation_fraction is 1.0"),
+    (dict(task=dict(rewards=())), "task.rewards is empty; name at least one of accuracy, format"),
+    (dict(task=dict(rewards=("acuracy",))), 'unknown reward "acuracy" in task.rewards; did you mean accuracy?'),
+    (dict(task=dict(rewards=("mine.py",))), 'unknown reward "mine.py" in task.rewards'),
+    (dict(task=dict(rewards=("format", "format"))), 'task.rewards names "format" twice'),
+    (dict(task=dict(weights=(1.0,))), "task.weights has 1 numbers for 2 task.rewards; give one each"),
+    (dict(task=dict(weights=(1.0, float("nan")))), "task.weights holds nan"),
+    (dict(task=dict(language="fr")), 'unknown task.language "fr"; valid are en, zh'),
+    (dict(task=dict(system="")), "task.system is an empty text"),
+    (dict(task=dict(timeout_seconds=0.0)), "task.timeout_seconds is 0.0, but must be above 0"),
 ]
 
 
@@ -317,6 +333,7 @@ def test_impossible_value_is_refused(sections, part):
         dict(mesh=dict(data=-1, fsdp=-1, expert=-1)),
         dict(data=dict(tokenizer="some/tokenizer.json")),
         dict(model=dict(rope_scaling=RopeScaling(beta_fast=1.0), max_position_embeddings=163840)),
+        dict(task=dict(name="jsonl:a.jsonl", rewards=("accuracy", "folder/mine.py:reward"), weights=(1.0, -0.5))),
     ],
 )
 def test_unusual_but_possible_value_is_accepted(sections):

@@ -18,6 +18,14 @@ def test_the_table_of_what_a_device_holds_is_what_its_program_prints(repository)
     assert ran.stdout == printed
 
 
+def test_the_example_of_a_task_prints_what_it_shows(repository):
+    text = (repository / "docs" / "posttraining.md").read_text()
+    program, printed = blocks(text, "python")[0], blocks(text, "text")[0]
+    ran = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == printed
+
+
 def test_documents_name_files_and_headings_that_exist(repository):
     heading = re.compile(r"^#+ (.*)$", re.MULTILINE)
 

@@ -19,6 +19,7 @@ ROOMS = [
     "training",
     "aot",
     "inference",
+    "posttraining",
     "commands",
     "__main__",
 ]
@@ -34,6 +35,8 @@ FENCES = {  # library: the places that may import it, as prefixes of paths insid
 WITHOUT_JAX = (
     *("__init__.py", "sections.py", "checks.py", "config.py", "planning/", "commands/", "training/adoption.py"),
     *("hub/families.py", "hub/architecture.py", "hub/directory.py", "hub/safetensors.py"),
+    *("posttraining/__init__.py", "posttraining/answers.py", "posttraining/tasks.py"),
+    *("posttraining/rewards.py", "posttraining/worker.py"),
 )
 
 

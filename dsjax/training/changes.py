@@ -7,12 +7,19 @@ from dsjax.config import Config, ConfigError, from_dict, to_dict
 from dsjax.sections import paths, unknown
 
 # What decides the arrays, their meaning, and the order of the data. Names that end in a dot are whole sections.
-FIXED = ("model.", "data.", "training.seed", "optimizer.moment_dtype")
+FIXED = ("model.", "data.", "task.", "training.seed", "optimizer.moment_dtype")
 # What decides where and how fast it is computed, what is kept and told, and when it ends.
 FREE = (
     *("mesh.", "dispatch.", "checkpoint.", "evaluation.", "divergence.", "hardware.", "monitor.", "init_from"),
     *("training.total_steps", "training.microbatch_size", "training.remat", "training.loss_chunk_size"),
-    *("fp8.working_copy", "data.directory", "data.tokenizer", "model.initializer_range"),
+    *(
+        "grpo.slots",
+        "grpo.validation_samples",
+        "fp8.working_copy",
+        "data.directory",
+        "data.tokenizer",
+        "model.initializer_range",
+    ),
 )
 PLACES = ("data.directory", "data.tokenizer")  # where they lie; what they are, the fingerprint of the data tells
 
