@@ -45,7 +45,7 @@ from dsjax.numerics.recipe import recipe
 from dsjax.sections import ConfigError, build
 from dsjax.sharding import BATCH, make_mesh
 from dsjax.training.machine import use_compile_cache
-from dsjax.training.step import language_model_loss
+from dsjax.training.objective import language_model_loss
 
 IGNORED = -100  # the label that counts in no loss
 LOGITS_AIM = 2e-5  # what FP32 logits should reach; the tolerance is what they must

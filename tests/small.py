@@ -10,8 +10,8 @@ from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig, Optimi
 from dsjax.model.moe import Execution
 from dsjax.numerics.recipe import recipe
 from dsjax.sharding import make_mesh
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import build_network
-from dsjax.training.step import language_model_loss
 
 FP32 = recipe("fp32")
 

@@ -17,8 +17,9 @@ from dsjax.training import checkpoint, loop
 from dsjax.training.divergence import Halt, Spike, Watch, leave_out, place
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import build_network, init_state
-from dsjax.training.step import language_model_loss, make_train_step, pretrain_step
+from dsjax.training.step import make_train_step, pretrain_step
 from dsjax.training.workdir import CHECKPOINTS, METRICS
 
 RULE = DivergenceConfig(window=8, spike_std=3.0, spike_rise=0.5, max_skipped=2)

@@ -25,8 +25,9 @@ from dsjax.numerics import e5m6
 from dsjax.numerics.linear import linear
 from dsjax.numerics.recipe import RECIPES, recipe
 from dsjax.planning.buffers import make_buffer
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import build_network, init_state
-from dsjax.training.step import language_model_loss, pretrain_step
+from dsjax.training.step import pretrain_step
 
 FP8 = [name for name, how in RECIPES.items() if how.is_fp8]
 MTP_WEIGHT = {"mtp_loss_weight": jnp.float32(0.3)}

@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh
 
 from dsjax.config import FP8Config, load
 from dsjax.sharding import AXES
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, abstract_state, build_network, init_state
-from dsjax.training.step import language_model_loss, make_gradients
+from dsjax.training.step import make_gradients
 
 V3_TRAINABLE = 671_026_419_200 - 58 * 256 + 11_610_068_224 - 256  # with MTP, without the routing biases
 HYPERPARAMETERS = ("learning_rate", "bias_update_speed", "mtp_loss_weight")

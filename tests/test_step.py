@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from small import assert_trees_close
 
 from dsjax.sharding import AXES, BATCH
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, abstract_state, build_network, init_state, state_shardings
-from dsjax.training.step import evaluate_step, language_model_loss, move_biases, place_batch, pretrain_step
+from dsjax.training.step import evaluate_step, move_biases, place_batch, pretrain_step
 
 SEQUENCES, LENGTH, MICROBATCHES = 8, 9, 3
 CONFIG = small.config(data=2, expert=4, remat="deepseek")

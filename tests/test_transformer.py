@@ -19,8 +19,8 @@ from dsjax.model.moe import RoutingStats
 from dsjax.model.transformer import network
 from dsjax.planning.buffers import make_buffer
 from dsjax.planning.counts import parameters
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import init_state
-from dsjax.training.step import language_model_loss
 
 MTP_WEIGHT = {"mtp_loss_weight": jnp.float32(0.3)}
 SEQUENCES, LENGTH = 8, 9

@@ -52,6 +52,7 @@ class Emitted(NamedTuple):
     count_B: jax.Array
     drafted_B: jax.Array  # tokens proposed by MTP, and those of them that were taken
     accepted_B: jax.Array
+    routes_BTLK: jax.Array | None = None  # where they are told: the experts of the token before each
 
 
 class Prompts(NamedTuple):
@@ -60,6 +61,7 @@ class Prompts(NamedTuple):
     cache: LatentCache
     hidden_RD: jax.Array  # of each prompt's last token, ready for the output head
     mtp_input_RD: jax.Array
+    routes_LRTK: jax.Array | None = None  # where they are told: the experts of the newest piece's tokens
 
 
 class Programs(NamedTuple):
@@ -72,6 +74,7 @@ class Programs(NamedTuple):
     empty_cache: Callable[[int, int], LatentCache]  # (rows, length)
     empty_state: Callable[[int, int], State]
     prefill: Callable[..., Prompts]
+    repeat: Callable[..., Prompts]  # (prompts, index_R): rows for requests that ask the same
     admit: Callable[..., tuple[State, jax.Array, jax.Array]]
     decode: Callable[..., tuple[State, Emitted]]
     resize: Callable[..., LatentCache]  # (cache, length=)
@@ -87,16 +90,21 @@ def bucket(length: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(config: Config, mesh: Mesh, storage: str | None = None, speculates: bool = False) -> Programs:
+def programs(
+    config: Config, mesh: Mesh, storage: str | None = None, speculates: bool = False, tells_routes: bool = False
+) -> Programs:
     """The programs of one configuration on one mesh.
 
     storage: of the cache; None: the compute dtype.
     speculates: decode by `speculative.decode`; the model has an MTP module.
+    tells_routes: prefill and decode tell which experts each token went to; not with speculation.
     """
     how = recipe(config.precision, config.fp8.accumulation, mesh)
     layers = config.model.num_hidden_layers
     unrolled = mesh.devices.flat[0].platform == "cpu" and layers <= UNROLLED_LAYERS
-    execution = Execution(mesh, how, _whole(config), "none", unrolled=unrolled, few_tokens=True)
+    execution = Execution(
+        mesh, how, _whole(config), "none", unrolled=unrolled, few_tokens=True, tells_routes=tells_routes
+    )
     net, storage = network(config.model, execution), storage or how.compute_dtype
 
     @functools.lru_cache(maxsize=64)
@@ -119,6 +127,7 @@ def programs(config: Config, mesh: Mesh, storage: str | None = None, speculates:
         empty_cache,
         lambda slots, length: _empty_state(net, empty_cache(slots, length), slots, speculates),
         jax.jit(partial(_prefill, net, speculates), static_argnames="visible", donate_argnames="prompts"),
+        jax.jit(partial(_repeat, mesh)),
         jax.jit(partial(_admit, net, speculates), donate_argnames="state"),
         jax.jit(partial(decode, net), donate_argnames="state"),
         jax.jit(partial(_resize, mesh), static_argnames="length"),
@@ -194,7 +203,17 @@ def _prefill(
         last_RD = jnp.take_along_axis(states_RTD, last_R11, axis=1)[:, 0]
         return jnp.where((count_R > 0)[:, None], last_RD, before_RD)
 
-    return Prompts(cache, newest(prompts.hidden_RD, out.hidden_BTD), newest(prompts.mtp_input_RD, out.mtp_input_BTD))
+    states = (newest(prompts.hidden_RD, out.hidden_BTD), newest(prompts.mtp_input_RD, out.mtp_input_BTD))
+    return Prompts(cache, *states, out.routes_LBTK)
+
+
+def _repeat(mesh: Mesh, prompts: Prompts, index_R: jax.Array) -> Prompts:
+    """Row `index` of `prompts` in each row."""
+    rows = NamedSharding(mesh, BATCH)
+    cache = jax.tree.map(lambda a: a[:, index_R], prompts.cache)
+    cache = jax.tree.map(lax.with_sharding_constraint, cache, caches.cache_shardings(cache, mesh))
+    states = (lax.with_sharding_constraint(a[index_R], rows) for a in (prompts.hidden_RD, prompts.mtp_input_RD))
+    return Prompts(cache, *states)
 
 
 def _admit(
@@ -262,6 +281,9 @@ def _decode(
             log_probs_BT=put(emitted.log_probs_BT, log_prob_B),
             count_B=emitted.count_B + active_B,
         )
+        if emitted.routes_BTLK is not None and out.routes_LBTK is not None:
+            routes_BLK = out.routes_LBTK[:, :, 0].swapaxes(0, 1)
+            emitted = emitted._replace(routes_BTLK=emitted.routes_BTLK.at[:, i].set(routes_BLK))
         length_B = state.length_B + active_B
         goes_on_B = active_B & (length_B + 1 < state.limit_B) & ~jnp.any(token_B[:, None] == state.stops_BX, axis=-1)
         last_B = jnp.where(active_B, token_B, state.last_B)
@@ -273,7 +295,11 @@ def _decode(
         return (i < steps) & jnp.any(state.active_B)
 
     state = state._replace(active_B=state.active_B & keep_B)
-    _, state, emitted = lax.while_loop(unfinished, step, (jnp.int32(0), state, nothing_emitted(slots, STEPS)))
+    nothing = nothing_emitted(slots, STEPS)
+    if net.execution.tells_routes:
+        shape = (slots, STEPS, net.config.num_moe_layers, net.config.num_experts_per_tok)
+        nothing = nothing._replace(routes_BTLK=jnp.zeros(shape, jnp.int32))
+    _, state, emitted = lax.while_loop(unfinished, step, (jnp.int32(0), state, nothing))
     return placed(net, state), emitted
 
 

@@ -49,6 +49,9 @@ class Result:
     prompt_cache_miss_tokens: int
     drafted_tokens: int  # proposed by MTP, and how many of them were taken
     accepted_tokens: int
+    # The experts that the prompt's tokens and these, but for the last one, went to in every MoE layer: int32
+    # [tokens, layers, choices], -1 for those found in a prefix cache. None unless the engine tells them.
+    routes: np.ndarray | None = None
 
 
 @dataclass
@@ -65,6 +68,8 @@ class _Request:
     drafted: int = 0
     accepted: int = 0
     finish_reason: str | None = None
+    routes: np.ndarray | None = None  # of the prompt
+    decoded_routes: list[np.ndarray] = field(default_factory=list)
 
 
 class Engine:
@@ -85,6 +90,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         prefix_cache: PrefixCache | None = None,
         speculative: bool = False,
+        tells_routes: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ):
         """Args:
@@ -96,16 +102,20 @@ class Engine:
           tokenizer: for prompts and results that are texts; its end-of-document token ends every text.
           prefix_cache: where latents of prompts are kept for requests that begin alike.
           speculative: the MTP module proposes tokens, which the model accepts or replaces.
+          tells_routes: results have the experts of every token; not with `speculative`.
           prefill_chunk: tokens of a prompt that are computed in one piece, at most.
 
         Raises ConfigError where the model has no MTP module to speculate with, or the storage does not exist.
         """
+        if speculative and tells_routes:
+            raise ConfigError("an engine that speculates cannot tell the experts of its tokens; choose one of the two")
         if speculative and not config.model.num_nextn_predict_layers:
             raise ConfigError("speculative decoding needs a model with an MTP module; this one has none")
         self.config, self.tokenizer, self.prefix_cache = config, tokenizer, prefix_cache
         self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]) if mesh is None else mesh
         self.slots = -(-slots // self.mesh.size) * self.mesh.size
-        self.programs = decoding.programs(config, self.mesh, storage, speculative)
+        self.programs = decoding.programs(config, self.mesh, storage, speculative, tells_routes)
+        self._tells_routes = tells_routes and config.model.num_moe_layers > 0
         self._chunk = prefill_chunk
         self._state: State = self.programs.empty_state(self.slots, decoding.SMALLEST_BUCKET)
         self._requests: list[_Request | None] = [None] * self.slots
@@ -118,8 +128,13 @@ class Engine:
         with self._lock:
             if self._waiting or any(self._requests):
                 raise RuntimeError("update() while requests are being decoded")
-            self.weights = self.programs.prepare(params, router_bias)
+            self.weights: Any = self.programs.prepare(params, router_bias)
             self._fingerprint: str | None = None
+
+    def release(self) -> None:
+        """Lets go of the parameters until `update` gives others: a training step needs the memory."""
+        with self._lock:
+            self.weights = None
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -253,7 +268,11 @@ class Engine:
         text = None if self.tokenizer is None else self._text(request)
         misses = len(request.prompt) - request.hits
         counts = (request.hits, misses, request.drafted, request.accepted)
-        return Result(request.prompt, request.tokens, request.log_probs, request.finish_reason, text, *counts)
+        routes = None
+        if request.routes is not None:
+            routes = np.concatenate([request.routes, *request.decoded_routes])
+            routes = routes[: len(request.prompt) + len(request.tokens) - 1]
+        return Result(request.prompt, request.tokens, request.log_probs, request.finish_reason, text, *counts, routes)
 
     # --- the batch ---------------------------------------------------------------------------------------------------
 
@@ -272,7 +291,7 @@ class Engine:
         self._requests = [None] * self.slots
 
     def _admit(self, requests: list[_Request], free: list[int]) -> Iterator[_Request]:
-        prompts, slots = self._prefill(requests), free[: len(requests)]
+        prompts, slots = self._prefill_each_once(requests), free[: len(requests)]
         rows = prompts.hidden_RD.shape[0]
         busy = [len(r.prompt) + len(r.tokens) for r in self._requests if r is not None]
         self._make_room(max([len(r.prompt) for r in requests] + busy) + decoding.STEPS)
@@ -309,7 +328,7 @@ class Engine:
         self._make_room(longest + (2 if self.programs.speculates else 1) * steps)
         keep = np.asarray(busy)
         self._state, emitted = self.programs.decode(*self.weights, self._state, keep, np.int32(steps))
-        tokens, log_probs, count, drafted, accepted = jax.device_get(emitted)
+        tokens, log_probs, count, drafted, accepted, routes = jax.device_get(emitted)
         for slot, request in enumerate(self._requests):
             if request is None:
                 continue
@@ -317,6 +336,8 @@ class Engine:
             request.drafted += int(drafted[slot])
             request.accepted += int(accepted[slot])
             if count[slot]:
+                if routes is not None:
+                    request.decoded_routes.append(routes[slot, new])
                 self._take(request, tokens[slot, new].tolist(), log_probs[slot, new].tolist())
             if request.finish_reason is not None:
                 self._requests[slot] = None
@@ -328,13 +349,37 @@ class Engine:
         if length != self._state.cache.length:
             self._state = self._state._replace(cache=self.programs.resize(self._state.cache, length=length))
 
-    def _prefill(self, requests: list[_Request]) -> Prompts:
+    def _prefill_each_once(self, requests: list[_Request]) -> Prompts:
+        """A row for each request; those that ask the same, as the samples of one question do, share the work."""
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        places = [first.setdefault((request.salt, tuple(request.prompt)), len(first)) for request in requests]
+        if len(first) == len(requests):
+            return self._prefill(requests)
+        asking: dict[int, _Request] = {}
+        for place, request in zip(places, requests, strict=True):
+            if asking.setdefault(place, request) is not request:
+                request.hits = len(request.prompt)
+        prompts = self._prefill(list(asking.values()))
+        for place, request in zip(places, requests, strict=True):
+            request.routes = asking[place].routes
+        return self.programs.repeat(prompts, _rows(places, self._row_count(requests), np.int32))
+
+    def _row_count(self, requests: list[_Request]) -> int:
+        """Rows for so many: a power of two times the devices, so that few programs are compiled."""
         rows = self.mesh.size
         while rows < len(requests):
             rows *= 2
+        return rows
+
+    def _prefill(self, requests: list[_Request]) -> Prompts:
+        rows = self._row_count(requests)
         length = bucket(max(len(request.prompt) for request in requests))
         start, prompts = self._from_prefix_cache(requests, rows, length)
         computed = list(start)
+        if self._tells_routes:
+            shape = (self.config.model.num_moe_layers, self.config.model.num_experts_per_tok)
+            for request in requests:
+                request.routes = np.full((len(request.prompt), *shape), -1, np.int32)
         total = _rows([len(request.prompt) for request in requests], rows, np.int32)
         while np.any(start < total):
             size = SMALLEST_CHUNK
@@ -347,6 +392,12 @@ class Engine:
                 tokens_RT[row, : len(piece)] = piece
             visible = min(length, bucket(int(np.max(start + count))))
             prompts = self.programs.prefill(*self.weights, prompts, tokens_RT, count, start, visible=visible)
+            if self._tells_routes:
+                routes_RTLK = np.moveaxis(np.asarray(prompts.routes_LRTK), 0, 2)
+                for row, request in enumerate(requests):
+                    assert request.routes is not None
+                    request.routes[start[row] : start[row] + count[row]] = routes_RTLK[row, : count[row]]
+            prompts = prompts._replace(routes_LRTK=None)
             start = (start + count).astype(np.int32)
         self._to_prefix_cache(requests, prompts, computed)
         return prompts

@@ -50,11 +50,12 @@ class MLA(nnx.Module):
         self.o_proj = Linear(out, ("heads", "embed"), std, recipe.input_as_is, rngs, bias=bias)
         self.config, self.mesh, self.recipe, self.keeps_e5m6 = config, mesh, recipe, recipe.is_fp8
 
-    def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D], causal over the T positions."""
-        q_BTNH, c_BTR, k_rope_BTH = self._projections(x_BTD, rope_2TP)
+    def __call__(self, x_BTD: jax.Array, rope: jax.Array, first_BT: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D], causal over the T positions, or from `first_BT` on, where samples share a row."""
+        q_BTNH, c_BTR, k_rope_BTH = self._projections(x_BTD, rope)
         k_BTNH, v_BTNH = self._expand(c_BTR, k_rope_BTH)
-        out_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, softmax_scale(self.config), self.mesh, self.keeps_e5m6)
+        scale = softmax_scale(self.config)
+        out_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, scale, self.mesh, self.keeps_e5m6, first_BT)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def cached(

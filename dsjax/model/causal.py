@@ -25,23 +25,35 @@ SPLASH_BLOCK, SPLASH_TILE = 512, 128  # queries and keys of one step of the kern
 
 
 def attend(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, scale: float, mesh: Mesh, keeps_e5m6: bool
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    scale: float,
+    mesh: Mesh,
+    keeps_e5m6: bool,
+    first_BT: jax.Array | None = None,
 ) -> jax.Array:
     """`causal_attention` of sequences that are spread over `mesh`, by what its devices have for it."""
     has_splash = mesh.devices.flat[0].platform == "tpu" and q_BTNH.dtype == jnp.bfloat16 and not keeps_e5m6
     has_splash = has_splash and q_BTNH.shape[1] % SPLASH_TILE == 0
 
-    def local(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+    def local(q_BTNH, k_BTNH, v_BTNH, first_BT=None) -> jax.Array:
         if has_splash:
-            return splash_attention(q_BTNH, k_BTNH, v_BTNH, scale=scale)
-        return causal_attention(q_BTNH, k_BTNH, v_BTNH, scale, keeps_e5m6)
+            return splash_attention(q_BTNH, k_BTNH, v_BTNH, first_BT, scale=scale)
+        return causal_attention(q_BTNH, k_BTNH, v_BTNH, scale, keeps_e5m6, first_BT)
 
     each = jax.shard_map(local, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False)
-    return each(q_BTNH, k_BTNH, v_BTNH)
+    return each(q_BTNH, k_BTNH, v_BTNH) if first_BT is None else each(q_BTNH, k_BTNH, v_BTNH, first_BT)
 
 
 def splash_attention(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, *, scale: float, interpret: bool = False
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    first_BT: jax.Array | None = None,
+    *,
+    scale: float,
+    interpret: bool = False,
 ) -> jax.Array:
     """What `causal_attention` computes, by the TPU kernel; T is a multiple of 128."""
     # Pallas takes a second to import.
@@ -59,7 +71,10 @@ def splash_attention(
     )
     scaled = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
     heads_first = [a.swapaxes(1, 2) for a in (scaled, k_BTNH, v_BTNH)]
-    return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+    if first_BT is None:
+        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+    # Where a sample begins is a name that no other sample of its row has.
+    return jax.vmap(kernel)(*heads_first, kernels.SegmentIds(first_BT, first_BT)).swapaxes(1, 2)
 
 
 def attend_past(
@@ -110,9 +125,16 @@ def _probabilities(scores_BNTS: jax.Array, places_BT: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def causal_attention(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, scale: float, keeps_e5m6: bool = False
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    scale: float,
+    keeps_e5m6: bool = False,
+    first_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T * scale) v with a causal mask; softmax in FP32; sizes of q/k heads and v heads may differ.
+
+    `first_BT` is where each token's sample begins in its row: a token sees nothing before it. None: a row is one.
 
     Works through blocks of queries, each against the keys it may see, and recomputes the probabilities in the backward
     pass: no array is larger than one block's scores, of as many heads as SCORE_BYTES holds, and none of them is kept.
@@ -120,7 +142,7 @@ def causal_attention(
     With `keeps_e5m6`, the result is rounded to what is kept of it for the backward pass, twelve bits a value: so what
     follows from it is computed again without attention.
     """
-    return _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale, keeps_e5m6)[0]
+    return _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale, keeps_e5m6, first_BT)[0]
 
 
 def _query_blocks(length: int) -> list[tuple[int, int]]:
@@ -134,12 +156,15 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, start: int, scale: float) -> jax.Array:
+def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, start: int, scale: float, first_BT: jax.Array | None) -> jax.Array:
     """Masked FP32 scores [B, N, T, S] of queries start.. against keys 0..S-1."""
     scores = scale * _product("btnh,bsnh->bnts", q_BTNH, k_BSNH)
     positions_T, positions_S = start + jnp.arange(q_BTNH.shape[1]), jnp.arange(k_BSNH.shape[1])
-    visible_TS = positions_T[:, None] >= positions_S[None, :]
-    return jnp.where(visible_TS[None, None], scores, -jnp.inf)
+    visible_BNTS = (positions_T[:, None] >= positions_S[None, :])[None, None]
+    if first_BT is not None:
+        first_BT = lax.slice_in_dim(first_BT, start, start + q_BTNH.shape[1], axis=1)
+        visible_BNTS &= (positions_S[None, None] >= first_BT[..., None])[:, None]
+    return jnp.where(visible_BNTS, scores, -jnp.inf)
 
 
 def _by_heads(run: Callable[..., Any], *arrays: jax.Array) -> Any:
@@ -162,17 +187,17 @@ def _by_heads(run: Callable[..., Any], *arrays: jax.Array) -> Any:
     return lax.fori_loop(0, heads // size, put, jax.tree.map(whole, jax.eval_shape(part, 0)))
 
 
-def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float, keeps_e5m6: bool):
-    out_BTNH, logsum_BTN1 = _by_heads(partial(_forward, scale), q_BTNH, k_BTNH, v_BTNH)
+def _attention_fwd(q_BTNH, k_BTNH, v_BTNH, scale: float, keeps_e5m6: bool, first_BT):
+    out_BTNH, logsum_BTN1 = _by_heads(partial(_forward, scale, first_BT), q_BTNH, k_BTNH, v_BTNH)
     out_BTNH = _keep(out_BTNH, keeps_e5m6)
-    return out_BTNH, (q_BTNH, k_BTNH, v_BTNH, out_BTNH, checkpoint_name(logsum_BTN1, "attention"))
+    return out_BTNH, ((q_BTNH, k_BTNH, v_BTNH, out_BTNH, checkpoint_name(logsum_BTN1, "attention")), first_BT)
 
 
-def _forward(scale: float, q_BTNH, k_BTNH, v_BTNH) -> tuple[jax.Array, jax.Array]:
+def _forward(scale: float, first_BT, q_BTNH, k_BTNH, v_BTNH) -> tuple[jax.Array, jax.Array]:
     """The result, and the logarithm of each query's sum of exponentials [B, T, N, 1]."""
     outs, logsums = [], []
     for start, end in _query_blocks(q_BTNH.shape[1]):
-        scores_BNTS = _scores(q_BTNH[:, start:end], k_BTNH[:, :end], start, scale)
+        scores_BNTS = _scores(q_BTNH[:, start:end], k_BTNH[:, :end], start, scale, first_BT)
         top_BNT1 = jnp.max(scores_BNTS, axis=-1, keepdims=True)
         weights_BNTS = jnp.exp(scores_BNTS - top_BNT1)
         total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
@@ -193,16 +218,17 @@ def _keep(out_BTNH: jax.Array, keeps_e5m6: bool) -> jax.Array:
 
 
 def _attention_bwd(scale: float, keeps_e5m6: bool, kept, dout_BTNH):
-    return _by_heads(partial(_backward, scale), *kept, dout_BTNH)
+    arrays, first_BT = kept
+    return *_by_heads(partial(_backward, scale, first_BT), *arrays, dout_BTNH), None
 
 
-def _backward(scale: float, q_BTNH, k_BTNH, v_BTNH, out_BTNH, logsum_BTN1, dout_BTNH):
+def _backward(scale: float, first_BT, q_BTNH, k_BTNH, v_BTNH, out_BTNH, logsum_BTN1, dout_BTNH):
     f32 = jnp.float32
     dq_blocks = []
     dk_BTNH, dv_BTNH = jnp.zeros(k_BTNH.shape, f32), jnp.zeros(v_BTNH.shape, f32)
     for start, end in _query_blocks(q_BTNH.shape[1]):
         q, k, v, dout = q_BTNH[:, start:end], k_BTNH[:, :end], v_BTNH[:, :end], dout_BTNH[:, start:end]
-        p_BNTS = jnp.exp(_scores(q, k, start, scale) - logsum_BTN1[:, start:end].swapaxes(1, 2))
+        p_BNTS = jnp.exp(_scores(q, k, start, scale, first_BT) - logsum_BTN1[:, start:end].swapaxes(1, 2))
         dp_BNTS = _product("btnh,bsnh->bnts", dout, v)
         inner_BNT = _product("btnh,btnh->bnt", dout.astype(f32), out_BTNH[:, start:end].astype(f32))
         ds_BNTS = (scale * p_BNTS * (dp_BNTS - inner_BNT[..., None])).astype(q.dtype)

@@ -33,6 +33,7 @@ class Execution:
     # every layer's weights. `transformer.unstack` makes such parameters.
     unrolled: bool = False
     few_tokens: bool = False  # for inference: batches of a few tokens take their experts' weights without sorting
+    tells_routes: bool = False  # RoutingStats have every token's experts
 
     def dispatch_form(self, model: ModelConfig) -> str:
         """The dispatch form that runs; "auto" is what moves the fewest bytes."""
@@ -48,6 +49,7 @@ class RoutingStats(NamedTuple):
     rounds: jax.Array  # buffers full of the rank that needed most
     far: jax.Array  # copies of tokens sent to other expert ranks; in two levels, to other nodes
     near: jax.Array  # in two levels, copies sent on within a node
+    experts_BTK: jax.Array | None = None  # where Execution.tells_routes
 
 
 class RouterBias(nnx.Variable):
@@ -87,13 +89,14 @@ class MoE(nnx.Module):
         self.shared_experts = SwiGLU(config.hidden_size, width, std, execution.recipe, rngs) if width else None
         self.config, self.execution = config, execution
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, RoutingStats]:
-        """[B, T, D] -> [B, T, D] and what the router did."""
+    def __call__(self, x_BTD: jax.Array, given_BTK: jax.Array | None = None) -> tuple[jax.Array, RoutingStats]:
+        """[B, T, D] -> [B, T, D] and what the router did; `given_BTK` as of `route`."""
         experts, bias = self.experts, self.gate.e_score_correction_bias
         matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
         weights = ExpertWeights(*(matrix.get_value() for matrix in matrices))
+        bias_E = None if bias is None else bias[...]
         y_BTD, stats = routed_experts(
-            x_BTD, self.gate.weight[...], None if bias is None else bias[...], weights, self.config, self.execution
+            x_BTD, self.gate.weight[...], bias_E, weights, self.config, self.execution, given_BTK
         )
         return y_BTD if self.shared_experts is None else y_BTD + self.shared_experts(x_BTD), stats
 
@@ -105,32 +108,34 @@ def routed_experts(
     weights: ExpertWeights,
     config: ModelConfig,
     execution: Execution,
+    given_BTK: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStats]:
     """Routes every token and adds up its experts' outputs; one shard_map over the whole mesh."""
 
-    def local(x_BTD, router_DE, bias_E, weights):
-        choice = route(checkpoint_name(router_logits(x_BTD, router_DE), "router"), bias_E, config)
+    def local(x_BTD, router_DE, bias_E, weights, given_BTK):
+        choice = route(checkpoint_name(router_logits(x_BTD, router_DE), "router"), bias_E, config, given_BTK)
         whole = gather_fsdp(weights, execution.recipe, execution.mesh)
         y_MD, tally = _in_chunks(x_BTD, choice, whole, config, execution)
         experts_1 = jnp.arange(config.n_routed_experts)[None]
         load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
         balance = jnp.mean(sequence_balance_loss(choice.scores_BTE, config))
         per_device = jax.tree.map(lambda s: s[None], (load_E, balance, tally))
-        return y_MD.reshape(x_BTD.shape), per_device
+        return y_MD.reshape(x_BTD.shape), per_device, choice.experts_BTK if execution.tells_routes else None
 
-    bias_spec = None if bias_E is None else PartitionSpec()
-    y_BTD, (load_XE, balance_X, tally) = jax.shard_map(
+    bias_spec, given_spec = None if bias_E is None else PartitionSpec(), None if given_BTK is None else BATCH
+    y_BTD, (load_XE, balance_X, tally), experts_BTK = jax.shard_map(
         local,
         mesh=execution.mesh,
-        in_specs=(BATCH, PartitionSpec(), bias_spec, expert_specs(weights)),
-        out_specs=(BATCH, BATCH),
+        in_specs=(BATCH, PartitionSpec(), bias_spec, expert_specs(weights), given_spec),
+        out_specs=(BATCH, BATCH, BATCH),
         check_vma=False,
-    )(x_BTD, router_DE, bias_E, weights)
+    )(x_BTD, router_DE, bias_E, weights, given_BTK)
     assignments = x_BTD.shape[0] * x_BTD.shape[1] * config.num_experts_per_tok
     total = jax.tree.map(lambda count_X: jnp.sum(count_X.astype(jnp.float32)), tally)
     rounds = jnp.max(tally.rounds).astype(jnp.float32)
     dropped = assignments - jnp.sum(tally.computed)
-    return y_BTD, RoutingStats(jnp.sum(load_XE, 0), jnp.mean(balance_X), dropped, rounds, total.far, total.near)
+    sums = (jnp.sum(load_XE, 0), jnp.mean(balance_X), dropped, rounds, total.far, total.near)
+    return y_BTD, RoutingStats(*sums, experts_BTK)
 
 
 def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:

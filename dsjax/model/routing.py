@@ -19,13 +19,17 @@ class Choice(NamedTuple):
     scores_BTE: jax.Array  # FP32, unbiased
 
 
-def route(logits_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) -> Choice:
+def route(
+    logits_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig, given_BTK: jax.Array | None = None
+) -> Choice:
     """Chooses num_experts_per_tok experts for each token.
 
     Args:
       logits_BTE: FP32.
       bias_E: the load-balancing bias of "noaux_tc"; it takes part in choosing only, never in the weights.
       config: scoring_func, topk_method, groups, normalisation and scaling.
+      given_BTK: experts that were chosen before and are kept, as those of a rollout [V3.2]; -1: choose. Their weights
+        are what the scores are now.
     """
     sigmoid = config.scoring_func == "sigmoid"
     scores_BTE = jax.nn.sigmoid(logits_BTE) if sigmoid else jax.nn.softmax(logits_BTE, axis=-1)
@@ -33,6 +37,8 @@ def route(logits_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
     if config.topk_method != "greedy" and config.n_group > 1:
         ranking_BTE = _keep_best_groups(ranking_BTE, config)
     experts_BTK = lax.top_k(ranking_BTE, config.num_experts_per_tok)[1]
+    if given_BTK is not None:
+        experts_BTK = jnp.where(given_BTK >= 0, given_BTK, experts_BTK)
     weights_BTK = jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1)
     if config.norm_topk_prob:
         weights_BTK = _normalised(weights_BTK)

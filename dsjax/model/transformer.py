@@ -35,6 +35,13 @@ REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+class Spans(NamedTuple):
+    """The positions of a batch's tokens in their samples, of which a row may hold several."""
+
+    rope: jax.Array  # their angles: [2, T, P], or [2, B, T, P] of each row
+    first_BT: jax.Array | None  # where each token's sample begins; None: where its row does
+
+
 class Places(NamedTuple):
     """Where new tokens stand in their sequences, and how they attend to what is cached."""
 
@@ -59,13 +66,21 @@ class Block(nnx.Module):
             self.mlp = SwiGLU(hidden, config.intermediate_size, config.initializer_range, recipe, rngs)
         self.mesh, self.low_precision = execution.mesh, recipe.is_fp8
 
-    def __call__(self, x_BTD: jax.Array, rope_2TP: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
+    def __call__(
+        self, x_BTD: jax.Array, spans: Spans, given_BTK: jax.Array | None = None
+    ) -> tuple[jax.Array, RoutingStats | None]:
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope_2TP)
-        return self._feed_forward(x_BTD)
+            x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), *spans)
+        return self._feed_forward(x_BTD, given_BTK)
 
-    def cached(self, x_BTD: jax.Array, latents: Latents, layer: Any, places: Places) -> tuple[jax.Array, Latents]:
-        """The block on new tokens; the cache has the ones before, and these in the result."""
+    def cached(
+        self, x_BTD: jax.Array, latents: Latents, layer: Any, places: Places
+    ) -> tuple[jax.Array, Latents, jax.Array | None]:
+        """The block on new tokens; the cache has the ones before, and these in the result.
+
+        Returns:
+          (x, the cache, the experts of each token where the execution tells them).
+        """
         with jax.named_scope("attention"):
             y_BTD, latents = self.self_attn.cached(
                 self.input_layernorm(x_BTD),
@@ -76,15 +91,18 @@ class Block(nnx.Module):
                 absorbed=places.absorbed,
                 visible=places.visible,
             )
-        return self._feed_forward(x_BTD + y_BTD)[0], latents
+        x_BTD, stats = self._feed_forward(x_BTD + y_BTD)
+        return x_BTD, latents, None if stats is None else stats.experts_BTK
 
-    def _feed_forward(self, x_BTD: jax.Array) -> tuple[jax.Array, RoutingStats | None]:
+    def _feed_forward(
+        self, x_BTD: jax.Array, given_BTK: jax.Array | None = None
+    ) -> tuple[jax.Array, RoutingStats | None]:
         if not self.low_precision:
             x_BTD = checkpoint_name(x_BTD, "residual")
         h_BTD, stats = self.post_attention_layernorm(x_BTD), None
         with jax.named_scope("feed_forward"):
             if isinstance(self.mlp, MoE):
-                y_BTD, stats = self.mlp(h_BTD)
+                y_BTD, stats = self.mlp(h_BTD, given_BTK)
             else:
                 y_BTD = self.mlp(h_BTD)
         batch_sharding = jax.sharding.NamedSharding(self.mesh, BATCH)
@@ -107,46 +125,53 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs, un
     return nnx.merge(graphdef, layers)
 
 
-def scan_layers(layers: Any, x_BTD: jax.Array, rope_2TP: jax.Array, remat: str) -> tuple[jax.Array, Any]:
-    """Runs a stack: (x after the last layer, each layer's RoutingStats stacked)."""
+def scan_layers(
+    layers: Any, x_BTD: jax.Array, spans: Spans, remat: str, given_LBTK: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """Runs a stack: (x after the last layer, each layer's RoutingStats stacked); `given_LBTK` as of `route`."""
     if isinstance(layers, nnx.List):
         each = []
-        for layer in layers:
-            x_BTD, stats = scan_layers(layer, x_BTD, rope_2TP, remat)
+        for i, layer in enumerate(layers):
+            given = None if given_LBTK is None else given_LBTK[i : i + 1]
+            x_BTD, stats = scan_layers(layer, x_BTD, spans, remat, given)
             each.append(stats)
         return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *each)
     graphdef, state = nnx.split(layers)
 
-    def one_layer(x_BTD, layer):
-        return nnx.merge(graphdef, layer)(x_BTD, rope_2TP)
+    def one_layer(x_BTD, inputs):
+        layer, given_BTK = inputs
+        return nnx.merge(graphdef, layer)(x_BTD, spans, given_BTK)
 
-    return lax.scan(REMAT[remat](one_layer), x_BTD, state)
+    return lax.scan(REMAT[remat](one_layer), x_BTD, (state, given_LBTK))
 
 
 def scan_cached(
     layers: Any, x_BTD: jax.Array, stacks: tuple[Latents, ...], places: Places
-) -> tuple[jax.Array, tuple[Latents, ...]]:
-    """Runs the layers on new tokens: (x after the last one, the cache with these tokens).
+) -> tuple[jax.Array, tuple[Latents, ...], jax.Array | None]:
+    """Runs the layers on new tokens: (x after the last one, the cache with these tokens, their experts in each layer).
 
     The cache is carried whole and written in place: as a scan's inputs and outputs it would be copied for every token.
     """
     if layers is None:
-        return x_BTD, stacks
-    written = []
+        return x_BTD, stacks, None
+    written, routes = [], []
     for part, latents in zip(layers if isinstance(layers, nnx.List) else [layers], stacks, strict=True):
         graphdef, state = nnx.split(part)
 
         def one_layer(carry, inputs, graphdef=graphdef):
             layer, index = inputs
-            return nnx.merge(graphdef, layer).cached(*carry, index, places), None
+            x_BTD, latents, experts_BTK = nnx.merge(graphdef, layer).cached(*carry, index, places)
+            return (x_BTD, latents), experts_BTK
 
         count = latents.rope_LBSH.shape[0]
         if count == 1:
-            (x_BTD, latents), _ = one_layer((x_BTD, latents), (jax.tree.map(lambda a: a[0], state), 0))
+            (x_BTD, latents), experts = one_layer((x_BTD, latents), (jax.tree.map(lambda a: a[0], state), 0))
+            experts = jax.tree.map(lambda a: a[None], experts)
         else:
-            (x_BTD, latents), _ = lax.scan(one_layer, (x_BTD, latents), (state, jnp.arange(count)))
+            (x_BTD, latents), experts = lax.scan(one_layer, (x_BTD, latents), (state, jnp.arange(count)))
         written.append(latents)
-    return x_BTD, tuple(written)
+        routes.append(experts)
+    return x_BTD, tuple(written), None if routes[0] is None else jnp.concatenate(routes)
 
 
 class MTP(nnx.Module):
@@ -162,13 +187,13 @@ class MTP(nnx.Module):
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         self.remat = execution.remat
 
-    def __call__(self, next_BTD: jax.Array, hidden_BTD: jax.Array, rope_2TP: jax.Array):
+    def __call__(self, next_BTD: jax.Array, hidden_BTD: jax.Array, spans: Spans):
         """From the embedding of token i+1 and the hidden state of token i, normalised states that predict i+2."""
         joined = jnp.concatenate([self.enorm(next_BTD), self.hnorm(hidden_BTD)], axis=-1)
         graphdef, state = nnx.split(self.block)
 
         def run(state, x_BTD):
-            return nnx.merge(graphdef, state)(x_BTD, rope_2TP)
+            return nnx.merge(graphdef, state)(x_BTD, spans)
 
         y_BTD, stats = REMAT[self.remat](run)(state, self.eh_proj(joined))
         return self.norm(y_BTD), stats
@@ -178,7 +203,7 @@ class MTP(nnx.Module):
     ) -> tuple[jax.Array, tuple[Latents, ...]]:
         """`__call__` on new tokens, and the cache of the module's layer with them."""
         joined = jnp.concatenate([self.enorm(next_BTD), self.hnorm(hidden_BTD)], axis=-1)
-        y_BTD, latents = self.block.cached(self.eh_proj(joined), stacks[0], 0, places)
+        y_BTD, latents, _ = self.block.cached(self.eh_proj(joined), stacks[0], 0, places)
         return self.norm(y_BTD), (latents,)
 
 
@@ -188,6 +213,7 @@ class Extended(NamedTuple):
     hidden_BTD: jax.Array  # normalised, ready for the output head
     mtp_input_BTD: jax.Array  # the hidden states that MTP receives
     cache: LatentCache
+    routes_LBTK: jax.Array | None  # each token's experts in every MoE layer, where Execution.tells_routes
 
 
 class Outputs(NamedTuple):
@@ -215,23 +241,36 @@ class Transformer(nnx.Module):
         self.mtp = MTP(config, execution, rngs) if config.num_nextn_predict_layers else None
         self.config, self.execution = config, execution
 
-    def __call__(self, tokens_BT: jax.Array, next_BT: jax.Array | None = None) -> Outputs:
-        """Hidden states of `tokens`; with the tokens that follow them (`next_BT`), MTP's as well."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        next_BT: jax.Array | None = None,
+        first_BT: jax.Array | None = None,
+        given_LBTK: jax.Array | None = None,
+    ) -> Outputs:
+        """Hidden states of `tokens`; with the tokens that follow them (`next_BT`), MTP's as well.
+
+        first_BT: int32, the place in its row where each token's sample begins: positions count from there, and nothing
+            before it is seen. None: every row is one sample.
+        given_LBTK: experts that tokens are to go to, in every MoE layer but MTP's; -1, or None: as the routers choose.
+        """
         remat = self.execution.remat
-        rope_2TP = rope_table(self.config, tokens_BT.shape[1])
+        spans = Spans(rope_table(self.config, tokens_BT.shape[1]), None)
+        if first_BT is not None:
+            spans = Spans(rope_at(self.config, jnp.arange(tokens_BT.shape[1])[None] - first_BT), first_BT)
         x_BTD = self._embed(tokens_BT)
         stats = []
         if self.dense_layers is not None:
-            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, rope_2TP, remat)
+            x_BTD, _ = scan_layers(self.dense_layers, x_BTD, spans, remat)
         if self.moe_layers is not None:
-            x_BTD, stats_L = scan_layers(self.moe_layers, x_BTD, rope_2TP, remat)
+            x_BTD, stats_L = scan_layers(self.moe_layers, x_BTD, spans, remat, given_LBTK)
             stats.append(stats_L)
         hidden_BTD = self.norm(x_BTD)
         mtp_BTD = None
         if self.mtp is not None and next_BT is not None:
             with jax.named_scope("mtp"):
                 before = hidden_BTD if self.config.mtp_hidden_state == "post_norm" else x_BTD
-                mtp_BTD, mtp_stats = self.mtp(self._embed(next_BT), before, rope_2TP)
+                mtp_BTD, mtp_stats = self.mtp(self._embed(next_BT), before, spans)
             stats.append(jax.tree.map(lambda s: s[None], mtp_stats))
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats) if stats else None
         return Outputs(hidden_BTD, mtp_BTD, joined)
@@ -252,11 +291,11 @@ class Transformer(nnx.Module):
         `visible`, at least the highest position + 1, is how much of the cache is read; None: all of it.
         """
         places = self._places(tokens_BT, start_B, cache, absorbed, visible)
-        x_BTD, dense = scan_cached(self.dense_layers, self._embed(tokens_BT), cache.dense, places)
-        x_BTD, moe = scan_cached(self.moe_layers, x_BTD, cache.moe, places)
+        x_BTD, dense, _ = scan_cached(self.dense_layers, self._embed(tokens_BT), cache.dense, places)
+        x_BTD, moe, routes_LBTK = scan_cached(self.moe_layers, x_BTD, cache.moe, places)
         hidden_BTD = self.norm(x_BTD)
         mtp_input_BTD = hidden_BTD if self.config.mtp_hidden_state == "post_norm" else x_BTD
-        return Extended(hidden_BTD, mtp_input_BTD, LatentCache(dense, moe, cache.mtp))
+        return Extended(hidden_BTD, mtp_input_BTD, LatentCache(dense, moe, cache.mtp), routes_LBTK)
 
     def extend_mtp(
         self,

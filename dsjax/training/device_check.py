@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from dsjax.config import Config
 from dsjax.sharding import AXES, REPLICATED
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, build_network, state_shardings
-from dsjax.training.step import language_model_loss, place_batch
+from dsjax.training.step import place_batch
 
 LAYERS = 2  # of the model that computes the fixed batch
 

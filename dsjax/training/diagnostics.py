@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from dsjax.config import Config
 from dsjax.model.transformer import is_quantised, network
 from dsjax.numerics.linear import CLASSES, STATISTICS
+from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, build_network
-from dsjax.training.step import language_model_loss
 
 Quantisation = dict[str, dict[str, jax.Array]]
 

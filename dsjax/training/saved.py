@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dsjax.config import Config
 from dsjax.model.layers import rope_table
-from dsjax.model.transformer import scan_layers
+from dsjax.model.transformer import Spans, scan_layers
 from dsjax.training.state import build_network
 
 
@@ -30,7 +30,7 @@ def saved_bytes(config: Config, mesh: Mesh) -> dict[str, float]:
     def kept(params, bias, x_BTD):
         def run(params, x_BTD):
             stack = getattr(net.bind(params, bias), layers)
-            return scan_layers(stack, x_BTD, rope_table(config.model, length), net.execution.remat)
+            return scan_layers(stack, x_BTD, Spans(rope_table(config.model, length), None), net.execution.remat)
 
         return jax.vjp(run, params, x_BTD)[1]
 

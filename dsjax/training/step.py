@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,63 +14,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Config
-from dsjax.model.losses import cross_entropy
 from dsjax.model.routing import update_bias
-from dsjax.model.transformer import Network, with_copies, working_copies
+from dsjax.model.transformer import with_copies, working_copies
 from dsjax.numerics.recipe import recipe
-from dsjax.planning.traffic import journey_bytes
 from dsjax.sharding import AXES, BATCH, replicated
 from dsjax.training import optimizer
+from dsjax.training.objective import TOTALS, LossFn, Metrics, counted, language_model_loss
 from dsjax.training.state import TrainState, build_network, state_shardings
-
-Metrics = dict[str, jax.Array]
-# (params, router_bias, microbatch, hyperparameters) -> (loss to descend, metrics); sums over microbatches are
-# divided by their number, except for those in TOTALS, which are totals of the step.
-LossFn = Callable[[Any, Any, Any, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
-TOTALS = ("expert_load", "dropped_tokens", "dispatch_bytes", "dispatch_bytes_in_node")
-
-
-def language_model_loss(net: Network, config: Config) -> LossFn:
-    """Mean next-token loss + mtp_loss_weight * mean MTP loss + balance losses [V3 eq. 17, 24]."""
-    chunk, execution = config.training.loss_chunk_size, net.execution
-    journey = journey_bytes(config.model, config.precision, config.training.remat)
-    bytes_per_copy = journey / execution.mesh.size  # of a device, on average
-
-    def loss_fn(params, router_bias, tokens, hyperparameters):
-        model = net.bind(params, router_bias)
-        inputs_BT, labels_BT = tokens[:, :-1], tokens[:, 1:]
-        out = model(inputs_BT, labels_BT)
-
-        def mean_loss(hidden_BTD, labels_BT, weights_BT):
-            weights_BT = weights_BT / labels_BT.size
-            return cross_entropy(
-                hidden_BTD, model.head_DV, labels_BT, weights_BT, execution.mesh, execution.recipe, chunk
-            )
-
-        ones_BT = jnp.ones(labels_BT.shape, jnp.float32)
-        with jax.named_scope("loss"):
-            loss = mean_loss(out.hidden_BTD, labels_BT, ones_BT)
-            mtp_loss = jnp.float32(0)
-            if out.mtp_hidden_BTD is not None:
-                # Position i predicts token i + 2; the last position has no such token.
-                second_BT = jnp.roll(labels_BT, -1, axis=1)
-                mtp_loss = mean_loss(out.mtp_hidden_BTD, second_BT, ones_BT.at[:, -1].set(0))
-                mtp_loss *= labels_BT.shape[1] / max(labels_BT.shape[1] - 1, 1)  # the mean over predicted tokens
-        total = loss + hyperparameters["mtp_loss_weight"] * mtp_loss
-        metrics = {"loss": loss, "mtp_loss": mtp_loss}
-        if out.stats_L is not None:
-            total += jnp.sum(out.stats_L.balance_loss)
-            metrics |= {
-                "balance_loss": jnp.mean(out.stats_L.balance_loss),
-                "expert_load": out.stats_L.load_E,
-                "dropped_tokens": jnp.sum(out.stats_L.dropped),
-                "dispatch_rounds": jnp.max(out.stats_L.rounds),
-                "dispatch_bytes": jnp.sum(out.stats_L.far) * bytes_per_copy,
-                "dispatch_bytes_in_node": jnp.sum(out.stats_L.near) * bytes_per_copy,
-            }
-        return total, metrics
-
-    return loss_fn
 
 
 def make_gradients(loss_fn: LossFn, config: Config, mesh: Mesh) -> Callable[..., tuple[Any, Metrics]]:
@@ -83,7 +33,7 @@ def make_gradients(loss_fn: LossFn, config: Config, mesh: Mesh) -> Callable[...,
 
     def one_microbatch(state, copies, batch, index, hyperparameters):
         def loss_of(params):
-            return loss_fn(with_copies(params, copies), state.router_bias, microbatch, hyperparameters)
+            return counted(loss_fn(with_copies(params, copies), state.router_bias, microbatch, hyperparameters))
 
         microbatch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), batch)
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -112,7 +62,9 @@ def make_gradients(loss_fn: LossFn, config: Config, mesh: Mesh) -> Callable[...,
             shapes = jax.eval_shape(one_microbatch, state, copies, batch, 0, hyperparameters)
             nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             sums = lax.fori_loop(0, num_microbatches, accumulate, nothing)
-        mean = lambda a: a / num_microbatches  # noqa: E731
+        weight = sums[1].get("weight")
+        count = num_microbatches if weight is None else jnp.maximum(weight, 1)
+        mean = lambda a: a / count  # noqa: E731
         metrics = {name: value if name in TOTALS else mean(value) for name, value in sums[1].items()}
         return jax.tree.map(mean, sums[0]), metrics
 
@@ -171,13 +123,16 @@ def pretrain_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def evaluate_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], Metrics]:
-    """f(state, tokens [sequences, T + 1]) -> {"loss", "mtp_loss"}: means in nats per token, without gradients."""
+    """f(state, rows [sequences, T + 1]) -> {"loss", "mtp_loss"}: means in nats per token, without gradients.
+
+    Where rows hold samples, "weight" too: how many tokens of answers they are the mean of.
+    """
     loss_fn = language_model_loss(build_network(config, mesh), config)
 
     @jax.jit
     def evaluate(params, router_bias, tokens):
         _, metrics = loss_fn(params, router_bias, tokens, {"mtp_loss_weight": jnp.float32(0)})
-        return {name: metrics[name] for name in ("loss", "mtp_loss")}
+        return {name: metrics[name] for name in ("loss", "mtp_loss", "weight") if name in metrics}
 
     return lambda state, tokens: evaluate(state.params, state.router_bias, tokens)
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.config import Config
+from dsjax.config import Config, ConfigError
 from dsjax.data.loader import Loader
 from dsjax.data.prepare import Prepared
 from dsjax.training.state import TrainState
@@ -35,7 +35,12 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
     def validate(state: TrainState) -> dict[str, float]:
         # Each is waited for: on CPU, two programs in flight would wait for each other's processes.
         measured = [jax.device_get(evaluate(state, tokens)) for tokens in parts]
-        loss, mtp_loss = (float(np.mean([one[name] for one in measured])) for name in ("loss", "mtp_loss"))
+        weights = [float(one.get("weight", 1)) for one in measured]
+        if not any(weights):
+            raise ConfigError("the validation rows hold no answer; raise --config.evaluation.sequences")
+        loss, mtp_loss = (
+            float(np.average([one[name] for one in measured], weights=weights)) for name in ("loss", "mtp_loss")
+        )
         row = {"validation_loss": loss, "validation_nats_per_byte": loss / loader.bytes_per_token}
         return row | ({"validation_mtp_loss": mtp_loss} if config.model.num_nextn_predict_layers else {})
 
