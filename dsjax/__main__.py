@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import dsjax
-from dsjax.commands import checkpoints, plans, running, texts
+from dsjax.commands import checkpoints, plans, posttraining, running, texts
 from dsjax.config import load
 from dsjax.planning import hardware
 from dsjax.sections import ConfigError, did_you_mean
@@ -31,6 +31,8 @@ examples:
   dsjax inspect tiny-bf16
   dsjax generate --checkpoint runs/tiny --prompts prompts.jsonl --out texts.jsonl
   dsjax eval --checkpoint runs/tiny --data text_files:books
+  dsjax sft --config configs/r1_tiny.py:cold_start --workdir runs/r1/cold_start
+  dsjax grpo --config configs/r1_tiny.py:rl --workdir runs/r1/rl
   dsjax cache size
   dsjax bench --config configs/bench.py --baseline dense
   dsjax plan --config configs/deepseek_v3.py --hardware v5p --chips 1024 --search
@@ -161,7 +163,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         command.set_defaults(function=function)
         return command
 
-    for group in (running, checkpoints, texts, plans):
+    for group in (running, posttraining, checkpoints, texts, plans):
         group.add_to(add)
     return parser, dict(commands.choices)
 

@@ -36,6 +36,7 @@ def test_only_harmless_changes_let_a_run_go_on():
         ("model", "q_lora_rank", None),
         ("data", "sequence_length", 128),
         ("data", "sources", ("text_files:other",)),
+        ("task", "largest", 5),
         ("training", "seed", 1),
         ("optimizer", "moment_dtype", "float32"),
     ],

@@ -5,7 +5,8 @@ import json
 import math
 from typing import Any
 
-from dsjax.commands.arguments import CONVERTED, Add, add_devices, path
+from dsjax.commands.arguments import CONVERTED, Add, add_config, add_devices, path
+from dsjax.config import Config
 from dsjax.sections import ConfigError
 
 
@@ -21,6 +22,9 @@ def add_to(add: Add) -> None:
     on = evaluate.add_mutually_exclusive_group(required=True)
     on.add_argument("--data", metavar="SOURCE", help="python_stdlib, text_files:PATH, tfds:NAME: perplexity")
     on.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm-evaluation-harness; needs the extra eval")
+    on.add_argument("--problems", type=int, metavar="N", help="held-out problems of --config's task: accuracy")
+    evaluate.add_argument("--samples", type=int, metavar="K", help="of --problems: of each, and they vote; default 1")
+    add_config(evaluate, evaluate.add_argument_group("of --problems"), example="configs/r1_tiny.py")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
     evaluate.add_argument("--text-key", default="text", metavar="NAME", help="the field of records with the text")
     evaluate.add_argument("--documents", type=int, metavar="N", help="the first N only")
@@ -104,13 +108,32 @@ def _generate(args: argparse.Namespace, config: None) -> None:
         print(generate(args.checkpoint, args.prompt, *how, **more))
 
 
-def _eval(args: argparse.Namespace, config: None) -> None:
-    for flag, other in (("documents", "tasks"), ("sequence_length", "tasks"), ("limit", "data")):
-        value, name = getattr(args, flag), "--" + flag.replace("_", "-")
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, but must be at least 1")
-        if value is not None and getattr(args, other) is not None:
-            raise ConfigError(f"{name} has no meaning with --{other}; leave it out")
+EVAL_FLAGS = {  # what is measured: what else it takes
+    "data": ("documents", "sequence_length"),
+    "tasks": ("limit",),
+    "problems": ("samples", "config"),
+}
+
+
+def _eval(args: argparse.Namespace, config: Config | None) -> None:
+    for on, flags in EVAL_FLAGS.items():
+        for flag in flags:
+            value, name = getattr(args, flag), "--" + flag.replace("_", "-")
+            if value is not None and getattr(args, on) is None:
+                raise ConfigError(f"{name} has a meaning only with --{on}; leave it out")
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+    if args.problems is not None:
+        if args.problems < 1:
+            raise ConfigError(f"--problems is {args.problems}, but must be at least 1")
+        from dsjax.posttraining.evaluation import evaluate_problems
+
+        print(
+            json.dumps(
+                evaluate_problems(args.checkpoint, config, args.problems, args.samples or 1, args.tokenizer), indent=2
+            )
+        )
+        return
     if args.tasks is not None:
         from dsjax.inference.harness import run_tasks
 

@@ -24,6 +24,8 @@ from dsjax.planning import counts
 from dsjax.training.machine import Machine
 from dsjax.training.workdir import EXPERT_LOAD, METRICS
 
+NOT_IN_ROWS = ("expert_load", "weight")  # of a step's metrics: told elsewhere, or not at all
+
 
 @dataclass(frozen=True)
 class Step:
@@ -95,23 +97,25 @@ class Monitor:
         config: Config,
         workdir: Path,
         machine: Machine,
-        total_tokens: int,
+        total_tokens: int | None,
         done: int = 0,
         stream: TextIO | None = None,
     ):
         """`done`: steps that a resumed run has behind it; rows after them are dropped, their cost is not.
 
-        `total_tokens`: of the whole run. Raises ConfigError if TensorBoard is wanted and not installed.
+        `total_tokens`: of the whole run; None where steps are of any size. Raises ConfigError if TensorBoard is wanted
+        and not installed.
         """
         self.cost_usd = self.seconds = 0.0
         self._config, self._workdir, self._machine = config, workdir, machine
-        self._total_tokens = total_tokens
+        self._total_tokens, self._done = total_tokens, done
         self._writes = jax.process_index() == 0
         self._console = Console(stream if stream is not None else sys.stdout, enabled=self._writes)
         has_mtp = config.model.num_nextn_predict_layers > 0
         self._flops_per_token = counts.flops_per_token(config.model, config.data.sequence_length, mtp=has_mtp)
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # tokens and seconds of the last steps
         self._validation_loss: float | None = None
+        self._validation_accuracy: float | None = None  # on held-out problems
         self._warned: set[str] = set()
         self._notes: dict[str, Any] = {}  # for the next row
         self._tensorboard = _tensorboard(workdir, done) if config.monitor.tensorboard and self._writes else None
@@ -150,7 +154,7 @@ class Monitor:
             "step": step.step,
             "tokens": step.sequences * self._config.data.sequence_length,
             "loss": metrics["loss"],
-            "mtp_loss": metrics["mtp_loss"] if self._config.model.num_nextn_predict_layers else None,
+            "mtp_loss": metrics.get("mtp_loss") if self._config.model.num_nextn_predict_layers else None,
             "balance_loss": metrics.get("balance_loss"),
             "grad_norm": metrics["grad_norm"],
             "lr": step.hyperparameters["learning_rate"],
@@ -168,6 +172,8 @@ class Monitor:
         }
         if "update_skipped" in metrics:
             row["update_skipped"] = bool(metrics["update_skipped"])
+        # What one kind of training has and others have not.
+        row |= {name: value for name, value in metrics.items() if name not in row and name not in NOT_IN_ROWS}
         row |= self._notes
         self._notes = {}
         if quantisation:  # only some steps measure it
@@ -185,6 +191,8 @@ class Monitor:
             if name in row and row[name] is None:
                 self.warn(f"{name} is not a finite number at step {row['step']}", once=f"{name} is not finite")
         self._validation_loss = row.get("validation_loss") or self._validation_loss
+        if row.get("validation_accuracy") is not None:
+            self._validation_accuracy = row["validation_accuracy"]
         self._append(METRICS, row)
         if self._tensorboard:
             for name, value in _scalars(row):
@@ -252,20 +260,28 @@ class Monitor:
     def _progress(self, row: Mapping[str, Any]) -> list[str]:
         """What the progress line shows, the most important first."""
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
-        remaining = max(0, self._total_tokens - row["tokens"])  # a batch size that changed makes it a guess
         loss, mtp, mfu = row["loss"], row["mtp_loss"], self._mfu(tokens / seconds)
         parts = [
             f"step {row['step']}/{self._config.training.total_steps}",
             "loss nan" if loss is None else f"loss {loss:.4f}",
-            f"ETA {duration(remaining * seconds / tokens)}",
+            f"ETA {duration(self._seconds_left(row, tokens / seconds))}",
+            f"reward {row['reward']:.3f}" if row.get("reward") is not None else "",
             f"{magnitude(tokens / seconds)} tok/s",
             "" if self._validation_loss is None else f"val {self._validation_loss:.4f}",
+            "" if self._validation_accuracy is None else f"accuracy {self._validation_accuracy:.1%}",
             "" if mfu is None else f"MFU {mfu:.1%}",
             dollars(row["cost_usd"]),
             "" if mtp is None else f"mtp {mtp:.4f}",
             f"lr {row['lr']:.2e}",
         ]
         return [part for part in parts if part]
+
+    def _seconds_left(self, row: Mapping[str, Any], tokens_per_second: float) -> float:
+        if self._total_tokens is not None:
+            # A batch size that changed makes it a guess.
+            return max(0, self._total_tokens - row["tokens"]) / tokens_per_second
+        per_step = (self.seconds - self._past[0]) / max(1, row["step"] - self._done)
+        return per_step * (self._config.training.total_steps - row["step"])
 
 
 class Console:

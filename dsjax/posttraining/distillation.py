@@ -1,0 +1,38 @@
+"""Distillation as R1 did it [R1 §2.4]: a student fine-tuned on its teacher's right answers, and nothing else."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsjax.config import Config, ConfigError
+from dsjax.posttraining.collection import collect
+from dsjax.training.loop import train
+from dsjax.training.summary import Summary
+from dsjax.training.workdir import claim, write_config
+
+ANSWERS = "teacher.jsonl"  # in the run's directory
+
+
+def distill(
+    config: Config, teacher: str, workdir: Path, problems: int, samples: int, allow_change: Sequence[str] = ()
+) -> Summary:
+    """Draws `samples` answers to each of `problems` training problems, keeps the right ones, and trains on them.
+
+    `config` is the student's; its data.sources become the teacher's answers, which lie in `workdir`. Interrupted, both
+    parts go on where they were.
+
+    Raises:
+      ConfigError: as `collect` and `train`; or no answer was right.
+    """
+    answers = workdir / ANSWERS
+    data = dataclasses.replace(config.data, sources=(f"chat:{answers}",))
+    config = dataclasses.replace(config, data=data)
+    claim(workdir)
+    write_config(workdir, config)
+    done = collect(config, answers, problems, teacher, samples)
+    if not done.kept:
+        raise ConfigError(
+            f"none of the {done.drawn} answers of {teacher} is right, so there is nothing to learn from; draw more with"
+            " --samples, or take a better teacher"
+        )
+    return train(config, workdir, allow_change)

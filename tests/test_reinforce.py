@@ -1,0 +1,199 @@
+"""A run of reinforcement learning as a whole: resumed, interrupted, refused, told."""
+
+import dataclasses
+import signal
+
+import jax
+import numpy as np
+import pytest
+import small
+from tiny_runs import change
+
+from dsjax.config import Config, ConfigError, DataConfig, GRPOConfig, TaskConfig
+from dsjax.inference.loading import load
+from dsjax.posttraining import loop
+from dsjax.posttraining.collection import collect
+from dsjax.posttraining.evaluation import answer_of, vote
+from dsjax.posttraining.loop import reinforce
+from dsjax.training import checkpoint
+from dsjax.training.monitor import read_rows
+from dsjax.training.workdir import CHECKPOINTS, METRICS
+
+MODEL = dataclasses.replace(small.MODEL, vocab_size=264)
+# What must come back to the last bit; the rest are times.
+EXACT = (
+    *("step", "tokens", "loss", "kl", "entropy", "grad_norm", "reward", "reward_accuracy", "reward_format"),
+    *("response_length", "truncated_fraction", "zero_variance_groups", "log_prob_gap", "validation_accuracy"),
+)
+
+HALF = "def half(prompt, completion, answer):\n    return (len(completion) % 7) / 7\n"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """Four steps in two rollouts, on 2 x 4 devices; rewards that differ whatever an untrained model says."""
+    reward = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    reward.write_text(HALF)
+    config = small.config(MODEL, data=2, expert=4, total_steps=4, batch_size=16, microbatch_size=8, bias_update_speed=0)
+    return dataclasses.replace(
+        config,
+        data=DataConfig(sequence_length=64),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2, decay_learning_rate=1e-2, weight_decay=0.0),
+        task=TaskConfig(steps=1, rewards=(f"{reward}:half", "format")),
+        grpo=GRPOConfig(
+            group_size=4, minibatches=2, max_new_tokens=10, slots=16, reference_every_steps=2, validation_samples=2
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=2, keep_last=5),
+        evaluation=dataclasses.replace(config.evaluation, every_steps=2, sequences=8),
+        monitor=dataclasses.replace(config.monitor, compile_cache=None),
+        hardware=dataclasses.replace(config.hardware, peak_flops_per_second=1e12, price_per_chip_hour=1.0),
+    )
+
+
+def once(make):
+    """`make` that gives the first result to every later call: all runs of this module are compiled alike."""
+    kept = []
+
+    def first(*arguments):
+        kept.extend([] if kept else [make(*arguments)])
+        return kept[0]
+
+    return first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Runs of this module share what they compile."""
+    patch = pytest.MonkeyPatch()
+    for name in ("make_train_step", "make_scorer"):
+        patch.setattr(loop, name, once(vars(loop)[name]))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, reinforce(config, workdir)
+
+
+def exact(workdir):
+    return [{name: row.get(name) for name in EXACT} for row in read_rows(workdir / METRICS)]
+
+
+def arrays(config, workdir, step):
+    position = loop.Position(step, 0)
+    return jax.device_get(loop.load_policy(config, small.mesh(2, 1, 4), workdir, position))
+
+
+def test_run_tells_what_it_did(straight, capsys):
+    workdir, summary = straight
+    rows = read_rows(workdir / METRICS)
+    assert (summary.step, summary.exit_code) == (4, 0)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [("rollout_seconds" in row, "validation_accuracy" in row) for row in rows] == [(1, 0), (0, 1)] * 2
+    for row in rows:
+        assert row["log_prob_gap"] < 1e-3 and 0 <= row["reward"] <= 2 and 0 < row["response_length"] <= 10
+        assert row["reward_failures"] == 0 and 0 <= row["zero_variance_groups"] <= 4 and row["grad_norm"] > 0
+    # The reference is renewed after two steps; one step later the policy has moved off it again.
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 1e-5
+    assert rows[2]["kl"] == pytest.approx(0, abs=1e-6) and rows[3]["kl"] > 1e-5
+    assert checkpoint.steps(workdir / CHECKPOINTS) == [2, 4]
+
+
+def test_interrupted_between_rollouts_it_goes_on_bit_for_bit(config, straight, tmp_path):
+    shorter = change(config, "training", total_steps=2)
+    assert reinforce(shorter, tmp_path).step == 2
+    assert reinforce(config, tmp_path).step == 4
+    assert exact(tmp_path) == exact(straight[0])
+    for a, b in zip(
+        jax.tree.leaves(arrays(config, tmp_path, 4)), jax.tree.leaves(arrays(config, straight[0], 4)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_asked_to_stop_while_it_samples_it_saves_and_goes_on(config, straight, tmp_path, monkeypatch, capsys):
+    original, drawn = loop.sample, []
+
+    def sample(run, *rest):
+        drawn.append(1)
+        if len(drawn) == 2:  # of the second rollout
+            run.interrupt.requested = signal.SIGINT
+        return original(run, *rest)
+
+    monkeypatch.setattr(loop, "sample", sample)
+    never = change(config, "checkpoint", every_steps=None)
+    stopped = reinforce(never, tmp_path)
+    assert (stopped.step, stopped.exit_code) == (2, 130)
+    assert "the same command goes on from here" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "sample", original)
+    assert reinforce(never, tmp_path).exit_code == 0
+    assert exact(tmp_path) == exact(straight[0])
+
+
+def test_complete_run_says_so(config, straight, capsys):
+    again = reinforce(config, straight[0])
+    assert again.step == 4 and "is complete" in capsys.readouterr().out
+
+
+def test_trained_policy_is_loaded_like_any_run(straight):
+    engine = load(straight[0])
+    assert isinstance(engine.complete("1+1=?", max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        (
+            "training",
+            {"batch_size": 24, "total_steps": 3},
+            r"training.total_steps is 3, .* multiple of grpo.minibatches",
+        ),
+        ("grpo", {"group_size": 5}, r"training.batch_size is 16, .* multiple of grpo.group_size = 5"),
+        ("evaluation", {"every_steps": 3}, r"evaluation.every_steps is 3"),
+        ("checkpoint", {"keep_best": 1, "every_steps": 2}, r"keep_best is 1, but dsjax grpo has no such thing"),
+        ("model", {"vocab_size": 100}, r"tokenizer 'bytes' has 260 tokens"),
+        ("task", {"rewards": ("nowhere.py:f",)}, r"cannot read the reward file nowhere.py"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_written(config, tmp_path, section, values, told):
+    with pytest.raises(ConfigError, match=told):
+        reinforce(change(config, section, **values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_task_is_another_run(config, straight):
+    with pytest.raises(ConfigError, match="task.steps: 1 -> 2"):
+        reinforce(change(change(config, "task", steps=2), "training", total_steps=6), straight[0])
+
+
+def test_votes():
+    a, b = "<answer>4</answer>", "<think>x</think><answer> 5 </answer>"
+    assert vote([a, b, b, "none"]) == 1 and vote([a, b]) == 0 and vote(["none", "", a]) == 2 and vote(["", ""]) == 0
+    assert answer_of(b) == "5" and answer_of("<answer>") is None and answer_of("</answer>") is None
+
+
+def test_worked_solutions_are_collected_and_gone_on_with(config, tmp_path):
+    out = tmp_path / "set.jsonl"
+    told = []
+    assert collect(config, out, 70, tell=told.append).kept == 70
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert [row["problem"] for row in read_rows(out)] == list(range(70)) and len(told) == 2
+    out.write_text("".join(lines[:64]))
+    assert collect(config, out, 70, tell=told.append).kept == 70
+    assert out.read_text() == whole
+    with pytest.raises(ConfigError, match="collected in another way"):
+        collect(config, out, 70, first=3)
+
+
+def test_only_the_right_answers_of_a_model_are_kept(config, straight, tmp_path):
+    generous = change(config, "task", rewards=(config.task.rewards[0],))
+    loose = tmp_path / "loose.py"
+    loose.write_text("def some(prompt, completion, answer):\n    return float(len(completion) % 2)\n")
+    generous = change(config, "task", rewards=(f"{loose}:some",))
+    out = tmp_path / "set.jsonl"
+    done = collect(generous, out, 8, str(straight[0]), samples=4, tell=lambda line: None)
+    rows = read_rows(out)
+    assert 0 < done.kept == len(rows) < done.drawn == 32
+    assert all(row["messages"][-1]["role"] == "assistant" for row in rows)
