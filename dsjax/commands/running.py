@@ -55,6 +55,7 @@ def add_to(add: Add) -> None:
     bench.add_argument(
         "--decode", action="store_true", help="time decoding on one device: tokens/s, bytes of a token, cached prefixes"
     )
+    bench.add_argument("--batch", metavar="N[,N]", help="of --decode: requests decoded together; default 1,8")
     bench.add_argument("--tokens", metavar="N[,N]", help="rows of the products; default: as published, on a CPU 128")
     bench.add_argument("--table", type=path, metavar="FILE", help="write the products' speeds as Markdown too")
     bench.add_argument("--steps", type=int, metavar="N", help="timed steps, at least 10; default 20")
@@ -97,13 +98,16 @@ def _bench(args: argparse.Namespace, config: Config | None) -> None:
     for flag in ("tokens", "table"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag} is for --products; leave it out")
+    if args.batch is not None and not args.decode:
+        raise ConfigError("--batch is for --decode; leave it out")
     if args.decode:
         for flag in ("baseline", "steps"):
             if getattr(args, flag) is not None:
                 raise ConfigError(f"--{flag} is for a train step, which --decode does not time; leave it out")
         from dsjax.inference.decode_bench import decode_bench
 
-        print(json.dumps(decode_bench(config), indent=2))
+        batches = (1, 8) if args.batch is None else _whole_numbers("--batch", args.batch, 1)
+        print(json.dumps(decode_bench(config, batches), indent=2))
         return
     steps = 20 if args.steps is None else args.steps
     if steps < 10:
@@ -129,17 +133,24 @@ def _bench_checkpoint(args: argparse.Namespace, config: Config) -> None:
 
 
 def _bench_products(args: argparse.Namespace) -> None:
-    for flag in ("baseline", "steps", "checkpoint", "distributed", "coordinator"):
+    for flag in ("baseline", "steps", "checkpoint", "batch", "distributed", "coordinator"):
         if getattr(args, flag) not in (None, False):
             raise ConfigError(f"--{flag} is for a train step, which --products does not time; leave it out")
-    words = [] if args.tokens is None else args.tokens.split(",")
-    if not all(word.isdecimal() and int(word) > 0 and int(word) % 16 == 0 for word in words):
-        raise ConfigError(f"--tokens is {args.tokens}, but must be multiples of 16, as in --tokens 4096,8192")
+    tokens = None if args.tokens is None else _whole_numbers("--tokens", args.tokens, 16)
     if args.table is not None and not Path(args.table).parent.is_dir():
         raise ConfigError(f"--table: the directory {Path(args.table).parent} does not exist; create it first")
     from dsjax.training.product_bench import product_bench, table
 
-    figures = product_bench(tuple(map(int, words)) or None)
+    figures = product_bench(tokens)
     print(json.dumps(figures, indent=2))
     if args.table is not None:
         Path(args.table).write_text(table(figures))
+
+
+def _whole_numbers(flag: str, text: str, multiple: int) -> tuple[int, ...]:
+    """The numbers of a list with commas. Raises ConfigError unless all are above 0 and multiples of `multiple`."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 and int(word) % multiple == 0 for word in words):
+        wanted = "above 0" if multiple == 1 else f"multiples of {multiple}"
+        raise ConfigError(f"{flag} is {text}, but must be {wanted}, as in {flag} {4 * multiple},{8 * multiple}")
+    return tuple(map(int, words))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,8 +36,11 @@ def cache_bytes(model: ModelConfig, bytes_per_number: int = 2) -> dict[str, int]
     }
 
 
-def decode_bench(config: Config, repeats: int = REPEATS) -> dict[str, Any]:
-    """The figures, rounded; weights are random, decoding is greedy, one device. Times are the best of `repeats`."""
+def decode_bench(config: Config, batches: Sequence[int] = BATCHES, repeats: int = REPEATS) -> dict[str, Any]:
+    """The figures, rounded; weights are random, decoding is greedy, one device. Times are the best of `repeats`.
+
+    batches: requests that are decoded together, for each of which throughput is measured.
+    """
     use_compile_cache(config.monitor.compile_cache)
     positions = max(config.model.max_position_embeddings, bucket(PREFIX + 2))
     model = dataclasses.replace(config.model, max_position_embeddings=positions, num_nextn_predict_layers=0)
@@ -45,7 +48,7 @@ def decode_bench(config: Config, repeats: int = REPEATS) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     params, bias = jax.jit(build_network(config, mesh).init)(jax.random.key(config.training.seed))
     figures: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW, "precision": config.precision}
-    figures |= {f"batch_{n}": _throughput(Engine(config, params, bias, mesh, slots=n), n, repeats) for n in BATCHES}
+    figures |= {f"batch_{n}": _throughput(Engine(config, params, bias, mesh, slots=n), n, repeats) for n in batches}
     engine = Engine(config, params, bias, mesh, slots=1)
     width = 4 if engine.programs.storage == "float32" else 2
     return figures | {

@@ -265,8 +265,10 @@ def one_rollout(
         part = range(number * config.training.batch_size, (number + 1) * config.training.batch_size)
         experience, gap = gain_experience(run, state, reference, [samples[i] for i in part], advantage[part])
         minibatches.append((experience, told_of(samples, judged, groups, part, config) | {"log_prob_gap": gap}))
+    seconds["scoring_seconds"] = time.monotonic() - begun
     # Drawing and scoring were for all steps of the rollout; its first row has their time.
-    minibatches[0][1].update(seconds | {"scoring_seconds": time.monotonic() - begun})
+    rate = sum(len(one.tokens) for one in samples) / seconds["rollout_seconds"]
+    minibatches[0][1].update(seconds | {"rollout_tokens_per_second": rate})
 
     monitor.restart_clock()
     for experience, told in minibatches:
