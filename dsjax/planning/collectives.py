@@ -78,6 +78,16 @@ def flows(config: Config, sizes: Mapping[str, int], form: str, node: int | None 
     return tuple(flow for flow in found if flow.total)
 
 
+def forward_flows(config: Config, sizes: Mapping[str, int], form: str, node: int | None = None) -> tuple[Flow, ...]:
+    """Those of `flows` that a forward pass over the same tokens has."""
+    weights_and_embedding = ("weights, forward", "head", "embedding, forward")
+    one = message(config.model, config.precision)
+    return (
+        *(flow for flow in flows(config, sizes, form, node) if flow.cause in weights_and_embedding),
+        *(flow for flow in _exchanges(config, sizes, form, node, one.out, one.back) if flow.total),
+    )
+
+
 def gathered_bytes(one: Weight, config: Config) -> int:
     """Bytes of a number of a weight where it travels."""
     if config.precision == "fp32" or one.part == "gate" or one.name.endswith("mlp.gate.weight"):
@@ -154,20 +164,27 @@ def _embedding_flows(config: Config, sizes: Mapping[str, int], node: int | None,
 
 
 def _token_flows(config: Config, sizes: Mapping[str, int], form: str, node: int | None) -> list[Flow]:
+    one = message(config.model, config.precision)
+    home = one.back + one.gradient_back
+    away = journey_bytes(config.model, config.precision, config.training.remat) - home
+    return _exchanges(config, sizes, form, node, away, home)
+
+
+def _exchanges(
+    config: Config, sizes: Mapping[str, int], form: str, node: int | None, away: int, home: int
+) -> list[Flow]:
+    """Copies of tokens to expert ranks and back, of `away` and `home` bytes each."""
     model = config.model
     layers = model.num_moe_layers + model.num_nextn_predict_layers
     node = config.dispatch.ranks_per_node if node is None else node
     two_level = config.dispatch.ranks_per_node is not None
     sent = copies(model, form, sizes["expert"], node, two_level=two_level)
-    one = message(model, config.precision)
-    journey = journey_bytes(model, config.precision, config.training.remat)
-    home = one.back + one.gradient_back
     kinds = ("all-gather", "reduce-scatter") if form == "all_gather" else ("all-to-all", "all-to-all")
     tokens = tokens_per_device(config, sizes) * layers
     return [
         Flow(cause, kind, tokens * sent.slow * size, tokens * sent.fast * size)
         for cause, kind, size in (
-            ("tokens to experts", kinds[0], journey - home),
+            ("tokens to experts", kinds[0], away),
             ("sums from experts", kinds[1], home),
         )
     ]

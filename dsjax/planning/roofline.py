@@ -12,12 +12,12 @@ one after the other, the two links beside each other, and HIDDEN of the longer l
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsjax.checks import FP8_PRECISIONS
 from dsjax.config import Config
-from dsjax.planning.collectives import Flow, flows, gathered_bytes, tokens_per_device
+from dsjax.planning.collectives import Flow, flows, forward_flows, gathered_bytes, tokens_per_device
 from dsjax.planning.counts import flops_by_part, flops_per_token
 from dsjax.planning.hardware import Hardware
 from dsjax.planning.memory import FP32, kept_per_layer
@@ -64,11 +64,40 @@ def step_time(config: Config, sizes: Mapping[str, int], form: str, chip: Hardwar
       form: the dispatch form in force.
       chip: the hardware.
     """
-    devices = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    tokens, share = tokens_per_device(config, sizes), chip.devices_per_chip
-    moved = flows(config, sizes, form, node_of(chip, devices))
-    compute = tokens * _seconds_per_token(config, chip) * share
-    memory = _hbm_bytes(config, sizes, form) * share / (HBM_EFFICIENCY * chip.hbm_bytes_per_s)
+    moved = flows(config, sizes, form, node_of(chip, _devices(sizes)))
+    again = {part: _again(config, part) for part in flops_by_part(config.model, 1, mtp=True)}
+    return _times(config, sizes, chip, again, _hbm_bytes(config, sizes, form), moved)
+
+
+def forward_time(config: Config, sizes: Mapping[str, int], form: str, chip: Hardware) -> StepTime:
+    """The same of a forward pass over a step's tokens, MTP left out: nothing is kept for a backward pass."""
+    config = without_mtp(config)
+    moved = forward_flows(config, sizes, form, node_of(chip, _devices(sizes)))
+    third = dict.fromkeys(flops_by_part(config.model, 1, mtp=True), 1 / 3)
+    return _times(config, sizes, chip, third, _forward_bytes(config, sizes, form), moved)
+
+
+def without_mtp(config: Config) -> Config:
+    """`config` of the main model alone."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_nextn_predict_layers=0))
+
+
+def _devices(sizes: Mapping[str, int]) -> int:
+    return sizes["data"] * sizes["fsdp"] * sizes["expert"]
+
+
+def _times(
+    config: Config,
+    sizes: Mapping[str, int],
+    chip: Hardware,
+    passes: Mapping[str, float],
+    hbm_bytes: float,
+    moved: Sequence[Flow],
+) -> StepTime:
+    """Of a step's tokens; `passes` are the FLOPs of each part over those of forward and backward."""
+    share = chip.devices_per_chip
+    compute = tokens_per_device(config, sizes) * _seconds_per_token(config, chip, passes) * share
+    memory = hbm_bytes * share / (HBM_EFFICIENCY * chip.hbm_bytes_per_s)
     fast = sum(one.fast * _hops(one, sizes, chip) for one in moved) * share / (LINK_EFFICIENCY * chip.fast_bytes_per_s)
     slow = sum(one.slow for one in moved) * share / (LINK_EFFICIENCY * chip.slow_bytes_per_s)
     return StepTime(compute, memory, fast, slow)
@@ -97,8 +126,8 @@ def flops_per_token_with_recomputation(config: Config) -> float:
     return sum(flops * _again(config, part) for part, flops in parts.items())
 
 
-def _seconds_per_token(config: Config, chip: Hardware) -> float:
-    """On one whole chip: forward, backward and what is computed again."""
+def _seconds_per_token(config: Config, chip: Hardware, passes: Mapping[str, float]) -> float:
+    """On one whole chip."""
     parts = flops_by_part(config.model, config.data.sequence_length, mtp=True)
     is_native = config.precision.startswith("fp8_deepseek") and chip.peak_flops_fp8 is not None
     seconds = 0.0
@@ -109,7 +138,7 @@ def _seconds_per_token(config: Config, chip: Hardware) -> float:
         elif is_native and part in QUANTISED:
             peak, efficiency = chip.peak_flops_fp8 or peak, EFFICIENCY["fp8"]
         slower = 4 if config.precision == "fp32" or (config.precision in FP8_PRECISIONS and not is_native) else 1
-        seconds += flops * _again(config, part) * slower / (peak * efficiency)
+        seconds += flops * passes[part] * slower / (peak * efficiency)
     return seconds
 
 
@@ -156,6 +185,21 @@ def _hbm_bytes(config: Config, sizes: Mapping[str, int], form: str) -> float:
     layers = config.model.num_hidden_layers + config.model.num_nextn_predict_layers
     passes = 3 if config.training.remat == "none" else 4
     return update + microbatches * per_microbatch + tokens_per_device(config, sizes) * layers * per_token * 2 * passes
+
+
+def _forward_bytes(config: Config, sizes: Mapping[str, int], form: str) -> float:
+    """Read and written in a forward pass, about: weights written where they are gathered and read by each product, each
+    value that a layer makes written and read once."""
+    microbatches = config.training.batch_size // config.training.sequences_per_microbatch
+    per_microbatch = 0.0
+    for one in weights(config.model):
+        if one.part != "embedding":
+            whole = one.size / (sizes["expert"] if one.is_expert else 1)
+            per_microbatch += whole * gathered_bytes(one, config) * (1 + (one.per_device(sizes) < whole))
+    keeps_all = dataclasses.replace(config, training=dataclasses.replace(config.training, remat="none"))
+    per_token = sum(kept_per_layer(keeps_all, sizes, form).values())
+    moved = tokens_per_device(config, sizes) * config.model.num_hidden_layers * per_token * 2
+    return microbatches * per_microbatch + moved
 
 
 def _hops(flow: Flow, sizes: Mapping[str, int], chip: Hardware) -> float:
