@@ -10,7 +10,7 @@ from dsjax.config import ConfigError, load
 from dsjax.planning.counts import parameters
 from dsjax.training.schedule import Schedule
 
-NAMES = ["tiny", "bench", "fp8_experiment", "moonlight_16b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3"]
+NAMES = ["tiny", "bench", "fp8_experiment", "moonlight_16b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "r1"]
 BILLION = 10**9
 
 
@@ -34,7 +34,7 @@ def test_docstring_states_parameters_and_command(repository, shipped, name):
     assert f"{counts.total:,}" in text or f"{counts.trainable:,}" in text
     if counts.mtp:
         assert f"{counts.mtp:,}" in text
-    assert re.search(rf"^    dsjax (train|bench) --config configs/{name}.py", text, re.MULTILINE)
+    assert re.search(rf"^    dsjax (train|bench|grpo) --config configs/{name}.py", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v2_lite"])
