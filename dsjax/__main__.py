@@ -100,13 +100,17 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(f"dsjax {args.command} reads no config file, so --config.{overrides[0]} has no effect")
     config = None
     if getattr(args, "config", None) is not None:
-        config = load(args.config, overrides, partial(_adopt, run=getattr(args, "workdir", None)))
+        needed = getattr(args, "needs_weights", True)
+        config = load(args.config, overrides, partial(_adopt, run=getattr(args, "workdir", None), is_needed=needed))
         hardware.check_name(config.hardware.name)
     _set_environment(args)
     return args.function(args, config) or 0
 
 
-def _adopt(values: dict[str, Any], init_from: str, run: str | None) -> None:
+def _adopt(values: dict[str, Any], init_from: str, run: str | None, is_needed: bool) -> None:
+    """What the checkpoint decides; a plan can do without one that is not here yet."""
+    if not is_needed and not os.path.exists(os.path.expanduser(init_from)):
+        return
     from dsjax.training.adoption import adopt
 
     adopt(values, init_from, run)

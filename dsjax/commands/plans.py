@@ -26,6 +26,7 @@ def add_to(add: Add) -> None:
     cost_config = cost.add_argument_group()
     add_config(cost, cost_config, example="configs/deepseek_v3.py")
     for command in (plan, cost):
+        command.set_defaults(needs_weights=False)
         command.add_argument(
             "--hardware", required=command is plan, metavar="NAME", help=f"one of {', '.join(hardware.HARDWARE)}"
         )
@@ -34,6 +35,10 @@ def add_to(add: Add) -> None:
             "--tokens", type=float, metavar="N", help="of the whole run; default: training.total_steps"
         )
         command.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--rl", action="store_true", help="plan dsjax grpo: rollouts, scoring and updates")
+    plan.add_argument(
+        "--response-length", type=float, metavar="N", help="of --rl: tokens of a sample, on average; default: limit / 4"
+    )
     plan.add_argument("--search", action="store_true", help="try meshes, microbatches and remat, rank what fits")
     plan.add_argument("--show-sharding", action="store_true", help="draw the mesh and where each weight lives")
     plan.add_argument("--html", type=path, metavar="FILE", help="write one page, too")
@@ -48,6 +53,10 @@ def add_to(add: Add) -> None:
 
 
 def _plan(args: argparse.Namespace, config: Config) -> int:
+    if args.rl:
+        return _plan_rl(args, config)
+    if args.response_length is not None:
+        raise ConfigError("--response-length is of --rl; give both or neither")
     from dsjax.planning import pages
     from dsjax.planning.plan import make_plan
     from dsjax.planning.search import best_plan, search
@@ -68,6 +77,25 @@ def _plan(args: argparse.Namespace, config: Config) -> int:
         print(_as_text(args, plan, found, step))
     peak = plan.memory.peak if step is None else step.peak_bytes
     return 0 if peak <= plan.limit else 1
+
+
+def _plan_rl(args: argparse.Namespace, config: Config) -> int:
+    from dsjax.planning import pages, rl, rl_pages
+
+    for name in ("search", "compile", "topology", "tokens"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name} is of plans of train steps, and --rl counts other ones; leave one of them out")
+    chip, _ = _planned_on(args, config)
+    plan = rl.make_rl_plan(config, chip, args.chips, args.response_length)
+    if args.html is not None:
+        _write(args.html, rl_pages.as_html(plan))
+    if args.json:
+        print(json.dumps(rl.as_json(plan), indent=2))
+    else:
+        picture = [pages.sharding_picture(plan.plan)] if args.show_sharding else []
+        written = [f"page: {args.html}"] if args.html is not None else []
+        print("\n\n".join([rl_pages.as_text(plan), *picture, *written]))
+    return 0 if plan.plan.fits else 1
 
 
 def _compile(plan: "Plan", sides: str | None) -> "CompiledStep":

@@ -46,6 +46,7 @@ class Memory:
     """All terms of a device."""
 
     terms: tuple[Term, ...]
+    moments: tuple[str, ...] = MOMENTS
 
     def at(self, moment: str) -> float:
         """Bytes at a moment."""
@@ -54,7 +55,7 @@ class Memory:
     @property
     def moment(self) -> str:
         """The moment that holds most."""
-        return max(MOMENTS, key=self.at)
+        return max(self.moments, key=self.at)
 
     @property
     def peak(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from dsjax.planning.counts import parameters
 from dsjax.planning.placement import AXES
-from dsjax.planning.plan import USABLE, Plan, knobs, notes
+from dsjax.planning.plan import USABLE, Knob, Plan, knobs, notes
 from dsjax.planning.search import Found
 from dsjax.planning.weights import Weight, weights
 
@@ -43,12 +43,9 @@ pre {{ overflow-x: auto; font-size: .8rem; line-height: 1.3 }}
 def as_text(plan: Plan) -> str:
     """Whether it fits, how long it takes, what it costs, on which mesh."""
     lines = [headline(plan), *(wrapped(f"  {name:<10}", value) for name, value in facts(plan).items())]
-    lines += ["", verdict(plan)]
-    for name, size in plan.memory.by_category().items():
-        mark = "#" * round(BAR * size / max(plan.limit, plan.memory.peak))
-        lines.append(f"  {name:<18}{size_told(size):>12}  {mark}".rstrip())
+    lines += ["", *memory_lines(plan)]
     if not plan.fits:
-        lines += ["", *knob_lines(plan)]
+        lines += ["", *knob_lines(knobs(plan), plan.limit)]
     lines += ["", *table(rows(plan))]
     lines += ["", "links, GB into a device and step", *table(traffic_rows(plan))]
     if told := notes(plan):
@@ -95,13 +92,21 @@ def verdict(plan: Plan) -> str:
     return f"does not fit: {peak:.1f} GiB at the peak ({plan.memory.moment}) is {peak - limit:.1f} above {share}"
 
 
-def knob_lines(plan: Plan) -> list[str]:
-    """What would help, most first."""
-    found = knobs(plan)
+def memory_lines(plan: Plan) -> list[str]:
+    """The verdict, and what is held at the peak as bars."""
+    lines = [verdict(plan)]
+    for name, size in plan.memory.by_category().items():
+        mark = "#" * round(BAR * size / max(plan.limit, plan.memory.peak))
+        lines.append(f"  {name:<18}{size_told(size):>12}  {mark}".rstrip())
+    return lines
+
+
+def knob_lines(found: list[Knob], limit: float, otherwise: str = "combine, or use --search") -> list[str]:
+    """What would help, most first; `otherwise` says what to do where nothing is enough."""
     if not found:
         return ["no single change saves memory: take more chips, or a smaller model"]
     best = found[0]
-    enough = "which fits" if best.peak <= plan.limit else "which is still too much: combine, or use --search"
+    enough = "which fits" if best.peak <= limit else f"which is still too much: {otherwise}"
     lines = [f"what helps most is {best.change}: {best.peak / GiB:.1f} GiB, {enough}"]
     for one in found[:SHOWN_KNOBS]:
         lines.append(f"  {one.change:<38}{one.peak / GiB:>8.1f} GiB{one.step_seconds:>10.1f} s a step")
@@ -204,6 +209,30 @@ def _placed(one: Weight, sizes: Mapping[str, int]) -> list[str]:
 
 def as_html(plan: Plan, found: Found | None = None) -> str:
     """One page: a bar of a device's memory, the run, the traffic, where weights live."""
+    body = [
+        html_table([[name, value] for name, value in facts(plan).items()]),
+        *memory_html(plan, [] if plan.fits else knob_lines(knobs(plan), plan.limit)),
+        "<h2>The run</h2>",
+        html_table(rows(plan), head=True),
+        "<h2>Bytes into a device, GB a step</h2>",
+        html_table(traffic_rows(plan), head=True),
+        *([f"<h2>Search</h2><pre>{html.escape(ranking(found, plan.tokens))}</pre>"] if found else []),
+        *sources_html(plan),
+    ]
+    return page(plan, body)
+
+
+def page(plan: Plan, body: list[str]) -> str:
+    """The page of a plan, whether it fits on top."""
+    colour = "#2e7d32" if plan.fits else "#c0392b"
+    title = f"Plan: {headline(plan)}"
+    return PAGE.format(
+        title=html.escape(title), colour=colour, verdict=html.escape(verdict(plan)), body="\n".join(body)
+    )
+
+
+def memory_html(plan: Plan, remedies: list[str]) -> list[str]:
+    """A device's memory at the peak as a bar, and what would help where it is too much."""
     whole = max(plan.limit / USABLE, plan.memory.peak)
     parts, legend = [], []
     for (name, size), colour in zip(plan.memory.by_category().items(), _colours(), strict=False):
@@ -212,30 +241,24 @@ def as_html(plan: Plan, found: Found | None = None) -> str:
         swatch = f'<span class="swatch" style="background:{colour}"></span>'
         legend.append(f"<tr><td>{swatch}{html.escape(name)}</td><td>{size_told(size)}</td></tr>")
     limit = f'<div class="limit" title="limit" style="left:{plan.limit / whole:.2%}"></div>'
-    body = [
-        _html_table([[name, value] for name, value in facts(plan).items()]),
+    return [
         "<h2>Memory of a device at the peak</h2>",
         f'<div class="bar">{"".join(parts)}{limit}</div>',
         f"<p>The bar is {whole / GiB:.1f} GiB; dashed: {USABLE:.0%} of a device's memory.</p>",
         f"<table>{''.join(legend)}</table>",
-        *([f"<pre>{html.escape(chr(10).join(knob_lines(plan)))}</pre>"] if not plan.fits else []),
-        "<h2>The run</h2>",
-        _html_table(rows(plan), head=True),
-        "<h2>Bytes into a device, GB a step</h2>",
-        _html_table(traffic_rows(plan), head=True),
-        *([f"<h2>Search</h2><pre>{html.escape(ranking(found, plan.tokens))}</pre>"] if found else []),
+        *([f"<pre>{html.escape(chr(10).join(remedies))}</pre>"] if remedies else []),
+    ]
+
+
+def sources_html(plan: Plan) -> list[str]:
+    """Where weights live, and where figures are from."""
+    told = [["hardware", plan.chip.source], ["price", plan.chip.price_source], *(["note", one] for one in notes(plan))]
+    return [
         "<h2>Where weights live</h2>",
         f"<pre>{html.escape(sharding_picture(plan))}</pre>",
         "<h2>Sources</h2>",
-        _html_table(
-            [["hardware", plan.chip.source], ["price", plan.chip.price_source], *(["note", n] for n in notes(plan))]
-        ),
+        html_table(told),
     ]
-    colour = "#2e7d32" if plan.fits else "#c0392b"
-    title = f"Plan: {headline(plan)}"
-    return PAGE.format(
-        title=html.escape(title), colour=colour, verdict=html.escape(verdict(plan)), body="\n".join(body)
-    )
 
 
 def _colours():
@@ -243,7 +266,8 @@ def _colours():
         yield from COLOURS
 
 
-def _html_table(cells: list[list[str]], *, head: bool = False) -> str:
+def html_table(cells: list[list[str]], *, head: bool = False) -> str:
+    """Rows of cells; with `head`, the first one in bold."""
     lines = []
     for place, row in enumerate(cells):
         tag = "th" if head and place == 0 else "td"

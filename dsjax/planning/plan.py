@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsjax.config import Config
@@ -115,7 +116,7 @@ class Knob:
 def knobs(plan: Plan) -> list[Knob]:
     """What saves memory, each change by itself, the one that saves most first."""
     found = []
-    for change, config in _changes(plan):
+    for change, config in changes(plan):
         try:
             other = make_plan(config, plan.chip, plan.chips, plan.tokens)
         except ConfigError:
@@ -125,7 +126,8 @@ def knobs(plan: Plan) -> list[Knob]:
     return sorted(found, key=lambda knob: knob.peak)
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, Config]]:
+def changes(plan: Plan) -> Iterator[tuple[str, Config]]:
+    """What may save memory, one at a time: (as overrides of the command line, the configuration with it)."""
     config, devices = plan.config, plan.devices
 
     def change(section: str, **values: Any) -> tuple[str, Config]:
@@ -159,7 +161,7 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Config]]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything of a plan, for machines; bytes, seconds, dollars."""
-    time, chip = plan.time, plan.chip
+    time = plan.time
 
     def run(seconds: float) -> dict[str, float | None]:
         return {
@@ -172,24 +174,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "kwh": plan.kilowatt_hours(seconds),
         }
 
-    found = {
-        "hardware": dataclasses.asdict(chip),
-        "chips": plan.chips,
-        "devices": plan.devices,
-        "mesh": plan.sizes,
-        "dispatch": plan.config.dispatch.form,
-        "chosen": plan.chosen,
-        "tokens": plan.tokens,
+    found = placed_json(plan) | {
         "model_flops_per_step": model_flops_per_step(plan.config, mtp=False),
-        "memory": {
-            "peak": plan.memory.peak,
-            "state": plan.memory.state,
-            "moment": plan.memory.moment,
-            "limit": plan.limit,
-            "fits": plan.fits,
-            "by_category": plan.memory.by_category(),
-            "terms": [dataclasses.asdict(term) for term in plan.memory.terms],
-        },
         "time": dataclasses.asdict(time),
         "traffic": [dataclasses.asdict(flow) for flow in plan.flows],
         "run": {"serial": run(time.serial), "expected": run(time.expected), "hidden": run(time.hidden)},
@@ -199,9 +185,33 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def placed_json(plan: Plan) -> dict[str, Any]:
+    """Where a plan's run is and what a device holds, without its times."""
+    return {
+        "hardware": dataclasses.asdict(plan.chip),
+        "chips": plan.chips,
+        "devices": plan.devices,
+        "mesh": plan.sizes,
+        "dispatch": plan.config.dispatch.form,
+        "chosen": plan.chosen,
+        "tokens": plan.tokens,
+        "memory": {
+            "peak": plan.memory.peak,
+            "state": plan.memory.state,
+            "moment": plan.memory.moment,
+            "limit": plan.limit,
+            "fits": plan.fits,
+            "by_category": plan.memory.by_category(),
+            "terms": [dataclasses.asdict(term) for term in plan.memory.terms],
+        },
+    }
+
+
 def notes(plan: Plan) -> list[str]:
     """What a reader should know beside the figures."""
     found, training = [], plan.config.training
+    if plan.config.init_from is not None and not Path(plan.config.init_from).expanduser().exists():
+        found.append(f"there is no {plan.config.init_from} to begin with: the architecture is the config file's")
     if plan.config.evaluation.sequences % plan.devices:
         found.append(layout.uneven("evaluation.sequences", plan.config.evaluation.sequences, plan.devices))
     crossing = plan.config.dispatch.form == "all_to_all" and node_of(plan.chip, plan.devices) is not None
