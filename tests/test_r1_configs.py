@@ -46,8 +46,8 @@ def test_reinforcement_is_as_published(stage, form):
 def test_fine_tuning_is_as_published(stage, form):
     config = stage(form)
     assert config.data.is_chat and config.training.batch_size == 128
-    steps = config.training.total_steps  # a step has the rate of its middle
-    first, middle, last = rates(config, 0, steps / 2 - 0.5, steps - 0.5)
+    steps = config.training.total_steps  # a step has the rate of its end
+    first, middle, last = rates(config, 0, steps / 2 - 1, steps - 1)
     assert (first, middle, last) == pytest.approx((5e-5, (5e-5 + 5e-6) / 2, 5e-6), rel=0.01)
 
 
