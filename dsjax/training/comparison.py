@@ -14,20 +14,9 @@ import numpy as np
 
 from dsjax.config import Config, ConfigError, to_dict
 from dsjax.training import checkpoint
+from dsjax.training.drawing import COLOURS, GREY, SIZE, Rows, figure_class, style
 from dsjax.training.monitor import magnitude
-from dsjax.training.report import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    SIZE,
-    Rows,
-    contents,
-    figure_class,
-    read_run,
-    style,
-    write_page,
-)
+from dsjax.training.report import contents, read_run, write_page
 from dsjax.training.workdir import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -41,9 +30,6 @@ BOUND = 0.25  # percent
 # What two runs of one experiment may differ in: how they compute, what they tell, and where their files lie. What the
 # data is, beside its options, its fingerprint tells.
 FREE = ("precision", "fp8", "monitor", "checkpoint", "hardware", "data.directory", "data.tokenizer")
-
-# Beyond these, dashed ones.
-COLOURS = (BLUE, ORANGE, GREEN, "#b3261e", "#7b3294", "#00838f")
 
 
 @dataclass(frozen=True)

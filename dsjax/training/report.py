@@ -4,26 +4,24 @@ import base64
 import html
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsjax.config import Config, ConfigError
 from dsjax.planning import counts
+from dsjax.training.drawing import BLUE, GREEN, GREY, ORANGE, SIZE, Rows, curve, figure_class, new_figure, series, style
 from dsjax.training.monitor import dollars, duration, magnitude, read_rows
+from dsjax.training.reinforcement import draw_reinforcement, is_reinforcement, reinforcement_facts
 from dsjax.training.workdir import EXPERT_LOAD, METRICS, PLOTS, REPORT, read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[dict[str, Any]]
-
-SIZE = (9, 4.5)  # inches
 SLICES = 6  # moments shown of the expert load
-BLUE, ORANGE, GREEN, GREY = "#3465a4", "#e07b00", "#2e7d32", "#9a9a9a"
 # One colour for each kind of tensor, dashes where it is the operand of the weight gradient.
 QUANTISED = {
     "activation": (BLUE, "-"),
@@ -82,16 +80,22 @@ def contents(workdir: Path) -> tuple[dict[str, str], dict[str, "Figure"]]:
     """The facts and the figures of the run in `workdir`, by name; raises as `report` does."""
     config, rows = read_run(workdir)
     loads = [row for row in read_rows(workdir / EXPERT_LOAD) if row.get("load")]
-    figures = {
-        "loss": draw_loss(rows),
-        "learning_rate": draw_learning_rate(rows),
-        "throughput": draw_throughput(rows),
-    }
+    by_rewards = is_reinforcement(rows)
+    figures = draw_reinforcement(rows) if by_rewards else {"loss": draw_loss(rows)}
+    # Rows that samples fill differ in number from step to step: no batch that grows.
+    figures["learning_rate"] = draw_learning_rate(rows, has_ramp=not by_rewards)
+    figures["throughput"] = draw_throughput(rows, "Throughput of updates" if by_rewards else "Throughput")
     if loads:
         figures["expert_load"] = draw_expert_load(rows, loads, has_mtp=config.model.num_nextn_predict_layers > 0)
     if any(row.get("quantisation") for row in rows):
         figures["quantisation"] = draw_quantisation(rows)
-    return _facts(config, rows), figures
+    facts = _facts(config, rows)
+    if by_rewards:
+        data = f"{config.data.tokenizer}; rows of {config.data.sequence_length} tokens"
+        facts |= {"data": f"samples of the policy; tokenizer {data}"}
+        del facts["training loss"]
+        facts = reinforcement_facts(config, rows) | facts
+    return facts, figures
 
 
 def write_page(out: Path, title: str, facts: Mapping[str, str], figures: Mapping[str, "Figure"]) -> Path:
@@ -114,25 +118,25 @@ def write_page(out: Path, title: str, facts: Mapping[str, str], figures: Mapping
 
 def draw_loss(rows: Rows) -> "Figure":
     """Training, MTP and validation loss over steps."""
-    figure, axes = _figure("Loss", "nats per token")
+    figure, axes = new_figure("Loss", "nats per token")
     for name, label, colour in (("loss", "training", BLUE), ("mtp_loss", "MTP", ORANGE)):
-        _curve(axes, *_series(rows, name), label, colour)
-    steps, losses = _series(rows, "validation_loss")
+        curve(axes, *series(rows, name), label, colour)
+    steps, losses = series(rows, "validation_loss")
     if len(steps):
         axes.plot(steps, losses, "o-", color=GREEN, markersize=5, label=f"validation ({losses[-1]:.3f} at the end)")
     axes.legend(frameon=False)
     return figure
 
 
-def draw_learning_rate(rows: Rows) -> "Figure":
+def draw_learning_rate(rows: Rows, *, has_ramp: bool = True) -> "Figure":
     """Learning rate over steps, and the batch size where it changes."""
-    figure, axes = _figure("Learning rate", "learning rate")
-    steps, rates = _series(rows, "lr")
+    figure, axes = new_figure("Learning rate", "learning rate")
+    steps, rates = series(rows, "lr")
     axes.plot(steps, rates, color=BLUE, label="learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    steps, sizes = _series(rows, "batch_size")
-    if len(set(sizes)) > 1:
+    steps, sizes = series(rows, "batch_size")
+    if has_ramp and len(set(sizes)) > 1:
         axes.set_title("Learning rate and batch size", loc="left", fontweight="bold")
         right = axes.twinx()
         right.step(steps, sizes, where="post", color=ORANGE)
@@ -143,12 +147,12 @@ def draw_learning_rate(rows: Rows) -> "Figure":
     return figure
 
 
-def draw_throughput(rows: Rows) -> "Figure":
+def draw_throughput(rows: Rows, title: str = "Throughput") -> "Figure":
     """Tokens per second over steps, with MFU on the right where it is known."""
-    figure, axes = _figure("Throughput", "tokens per second")
-    steps, rates = _series(rows, "tokens_per_second")
+    figure, axes = new_figure(title, "tokens per second")
+    steps, rates = series(rows, "tokens_per_second")
     median = statistics.median(rates)
-    _curve(axes, steps, rates, f"median {magnitude(median)} tokens/s", BLUE)
+    curve(axes, steps, rates, f"median {magnitude(median)} tokens/s", BLUE)
     axes.set_ylim(0, 1.15 * np.percentile(rates, 99))
     axes.yaxis.set_major_formatter(lambda value, _: magnitude(value))
     last = next((row for row in reversed(rows) if row.get("mfu") and row.get("tokens_per_second")), None)
@@ -174,7 +178,7 @@ def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
     grid = figure.add_gridspec(lines + 1, columns, height_ratios=[2.0] + [height] * lines)
 
     top = figure.add_subplot(grid[0, :])
-    _curve(top, *_series(rows, "expert_load_max_over_mean"), "", BLUE)
+    curve(top, *series(rows, "expert_load_max_over_mean"), "", BLUE)
     style(top, "Expert load", "busiest expert\n(load / mean)")
     top.axhline(1, color=GREY, linewidth=1, linestyle=":")
     top.set_ylim(bottom=0.9)
@@ -285,53 +289,6 @@ def _page(title: str, facts: Mapping[str, str], images: Mapping[str, bytes]) -> 
         for name, image in images.items()
     ]
     return PAGE.format(title=html.escape(title), facts="\n".join(cells), images="\n".join(pictures))
-
-
-def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have `name`."""
-    known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return np.array([step for step, _ in known]), np.array([value for _, value in known], float)
-
-
-def _curve(axes: "Axes", steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
-    """A line; a long one pale, with its running mean on top."""
-    window = len(steps) // 50
-    if not len(steps):
-        return
-    if window < 2:
-        axes.plot(steps, values, color=colour, label=label)
-        return
-    sums, places = np.concatenate(([0.0], np.cumsum(values))), np.arange(len(steps))
-    first, last = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(steps))
-    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color=colour, label=label)
-
-
-def _figure(title: str, ylabel: str) -> tuple["Figure", "Axes"]:
-    figure = figure_class()(figsize=SIZE, layout="constrained", dpi=120)
-    axes = figure.add_subplot()
-    style(axes, title, ylabel)
-    return figure, axes
-
-
-def style(axes: "Axes", title: str, ylabel: str) -> None:
-    """Title, labels and the look of every plot over steps."""
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.25)
-    axes.margins(x=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def figure_class() -> type["Figure"]:
-    """matplotlib's Figure; raises ConfigError where it is not installed."""
-    # Figure itself, not pyplot: no display is looked for, and no figure outlives its function.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'dsjax[plots]', then dsjax report RUN") from error
-    return Figure
 
 
 def _png(figure: "Figure") -> bytes:

@@ -16,7 +16,7 @@ from dsjax.training.monitor import Monitor, dollars, duration, magnitude, read_r
 from dsjax.training.report import report
 from dsjax.training.resume import Position, Start
 from dsjax.training.validation import validation_line
-from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS
+from dsjax.training.workdir import CHECKPOINTS, LOSS_PLOT, METRICS, PLOTS, REWARD_PLOT
 
 DIVERGED = 2  # exit codes: starting it again does not help, as with a mistake of the user's
 FAULTY = 1  # it does, elsewhere
@@ -138,4 +138,6 @@ def draw(workdir: Path) -> str:
         page = report(workdir)
     except ConfigError as error:
         return str(error)
-    return f"loss plot: {workdir / PLOTS / LOSS_PLOT}; report: {page}"
+    what = "reward" if (workdir / PLOTS / REWARD_PLOT).exists() else "loss"
+    plot = REWARD_PLOT if what == "reward" else LOSS_PLOT
+    return f"{what} plot: {workdir / PLOTS / plot}; report: {page}"

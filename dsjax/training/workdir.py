@@ -14,6 +14,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"  # the files of the tokenizer, where it is one of files
 PLOTS = "plots"
 LOSS_PLOT = "loss.png"  # in it, beside others
+REWARD_PLOT = "reward.png"  # instead, where rewards train
 REPORT = "report.html"
 
 LOGS = (".log", ".out", ".err")  # what a launcher may have put there before us
