@@ -93,6 +93,8 @@ def test_the_cache_has_room_as_the_engine_makes_it():
     for length, most in ((1, 4096), (32, 4096), (33, 4096), (64, 4096), (250, 256), (4000, 4096), (32768, 163840)):
         config = grown(grown(small.config(), "data", sequence_length=length), "model", max_position_embeddings=most)
         assert rl.cache_room(config) == decoding.bucket(min(length + decoding.STEPS, most))
+        shorter = grown(config, max_new_tokens=max(1, length // 2))
+        assert rl.cache_room(shorter) == decoding.bucket(min(max(1, length // 2) + decoding.STEPS, most))
 
 
 def test_token_step_by_hand(zero):

@@ -112,7 +112,7 @@ def make_rl_plan(config: Config, chip: Hardware, chips: int, response_length: fl
       ConfigError: the microbatch, the experts or the weights do not divide over the devices, or samples cannot be so
         long.
     """
-    longest = min(config.grpo.max_new_tokens, config.data.sequence_length)
+    longest = longest_sample(config)
     length = RESPONSE_SHARE * longest if response_length is None else response_length
     if not 0 < length <= longest:
         raise ConfigError(
@@ -148,9 +148,14 @@ def make_rl_plan(config: Config, chip: Hardware, chips: int, response_length: fl
     )
 
 
+def longest_sample(config: Config) -> int:
+    """Tokens that one may have, its prompt being short."""
+    return min(config.grpo.max_new_tokens, config.data.sequence_length)
+
+
 def cache_room(config: Config) -> int:
-    """Positions that the latent cache has for each slot when a sample has come to its end."""
-    needed = min(config.data.sequence_length + STEPS, config.model.max_position_embeddings)
+    """Positions that the latent cache has for each slot when the longest sample has come to its end."""
+    needed = min(longest_sample(config) + STEPS, config.model.max_position_embeddings)
     return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
 
 
