@@ -113,6 +113,13 @@ def test_policy_and_length_show_every_measure():
     assert list(lines(length).values()) == [[21.0, 22.0, 23.0]] and list(lines(cut).values()) == [[0.25] * 3]
 
 
+def test_measures_of_a_policy_begin_at_zero_and_end_below_the_top():
+    rows = [row(step, kl=-1e-11, entropy=4.0) for step in range(1, 4)]  # a KL that is rounding
+    kl, entropy, _, gap = draw_policy(rows).axes
+    assert kl.get_ylim() == (0, 1) and entropy.get_ylim() == (0, pytest.approx(4.6))
+    assert gap.get_ylim() == (0, pytest.approx(1.15e-5))
+
+
 def test_accuracy_is_drawn_where_it_was_measured():
     [axes] = draw_accuracy([row(step) for step in range(1, 31)]).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[10, 20, 30]] * 2

@@ -25,6 +25,7 @@ from dsjax.training.drawing import (
 from dsjax.training.monitor import duration
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NO_REWARDS = ("reward_seconds", "reward_failures")  # fields that only begin like one
@@ -86,7 +87,7 @@ def draw_response_length(rows: Rows) -> "Figure":
     """Tokens of a completion on average, and on the right how many were cut off at the limit."""
     figure, axes = new_figure("Length of completions", "tokens")
     curve(axes, *series(rows, "response_length"), "", BLUE)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     steps, shares = series(rows, "truncated_fraction")
     if len(steps):
         axes.set_ylabel("tokens", color=BLUE)
@@ -117,7 +118,7 @@ def draw_policy(rows: Rows) -> "Figure":
             curve(axes, *series(rows, "off_policy_fraction"), "masked as off-policy", ORANGE)
             axes.yaxis.set_major_formatter(_percent)
             axes.legend(frameon=False)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
     return figure
 
 
@@ -149,7 +150,7 @@ def draw_objective(rows: Rows) -> "Figure":
     left.axhline(0, color=GREY, linewidth=1, linestyle=":")
     style(right, "Norm of its gradient", "before clipping")
     curve(right, *series(rows, "grad_norm"), "", BLUE)
-    right.set_ylim(bottom=0)
+    _from_zero(right)
     return figure
 
 
@@ -192,6 +193,12 @@ def _seconds(rows: Rows) -> dict[str, np.ndarray]:
         for name in ("rollout", "rewards", "scoring"):
             spent[name][start:end] = spent[name][start] / (end - start)
     return spent
+
+
+def _from_zero(axes: "Axes") -> None:
+    """The vertical axis begins at 0 and has room above the highest value."""
+    highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
+    axes.set_ylim(0, 1.15 * highest if highest > 0 else 1)
 
 
 def _percent(share: float, _: float = 0.0) -> str:
