@@ -186,3 +186,13 @@ def test_system_message_comes_first_and_long_prompts_are_told(config):
 def test_routes_and_speculation_exclude_each_other(config, weights):
     with pytest.raises(ConfigError, match="choose one"):
         Engine(small.config(), *weights, speculative=True, tells_routes=True)
+
+
+def test_what_is_let_go_of_comes_back_with_other_weights(config, weights, problems, samples):
+    engine = Engine(config, *weights, slots=8, tokenizer=ByteTokenizer(), tells_routes=True)
+    draw_samples(engine, config, None, problems[:1], 4)
+    engine.release()
+    assert engine.weights is None and engine._state.cache.length == 64
+    engine.update(*weights)
+    again = draw_samples(engine, config, None, problems, 4)
+    assert [one.tokens for one in again] == [one.tokens for one in samples]

@@ -132,9 +132,10 @@ class Engine:
             self._fingerprint: str | None = None
 
     def release(self) -> None:
-        """Lets go of the parameters until `update` gives others: a training step needs the memory."""
+        """Lets go of the parameters, until `update` gives others, and of the cache: a train step needs the memory."""
         with self._lock:
             self.weights = None
+            self._state = self.programs.empty_state(self.slots, decoding.SMALLEST_BUCKET)
 
     @property
     def cache_bytes_per_token(self) -> int:

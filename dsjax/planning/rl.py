@@ -267,7 +267,7 @@ def _memory(config: Config, plan: Plan, slots: int) -> Memory:
 
 
 def _rollout(config: Config, plan: Plan, slots: int) -> list[Term]:
-    """The reference policy and the engine: its copy of the weights, its cache, which it keeps, and a token step."""
+    """The reference policy and the engine: its copy of the weights, its cache, and a token step."""
     sizes, model, each = plan.sizes, config.model, slots // plan.devices
     listed, width = weights(model), FP32 if config.precision == "fp32" else 2
     biases = sum(term.bytes for term in plan.memory.terms if term.category == "routing bias")
@@ -290,7 +290,7 @@ def _rollout(config: Config, plan: Plan, slots: int) -> list[Term]:
     return [
         Term("reference policy", "FP32 weights", reference * bool(config.grpo.kl_coefficient), EVERY_MOMENT),
         Term("engine", "matrices in BF16", copy, (ROLLOUT,)),
-        Term("latent cache", f"{each} samples of {room:,} positions", cache, EVERY_MOMENT),
+        Term("latent cache", f"{each} samples of {room:,} positions", cache, (ROLLOUT,)),
         Term("latent cache", "the smaller one, while it grows", cache / 2 * (room > SMALLEST_BUCKET), (ROLLOUT,)),
         Term("gathered weights", "experts of a layer, whole, for a token step", experts, (ROLLOUT,)),
         Term("gathered weights", "the largest dense weight, for a token step", dense, (ROLLOUT,)),
