@@ -1,19 +1,22 @@
 """R1's pipeline at a size for two cores: a model that learns to calculate by rewards alone.
 
-Five forms, each beginning with what the one before has left; `./launch/r1_tiny.sh` runs them all:
+The stages of configs/r1.py as forms, each beginning with what another has left; `./launch/r1_tiny.sh` runs them:
 
-    dsjax train --config configs/r1_tiny.py:base       --workdir runs/r1_tiny/base        # pretraining, on facts
-    dsjax sft   --config configs/r1_tiny.py:cold_start --workdir runs/r1_tiny/cold_start  # a few worked examples
+    dsjax train --config configs/r1_tiny.py:base       --workdir runs/r1_tiny/base        # pretraining: facts, copies
+    dsjax sft   --config configs/r1_tiny.py:cold_start --workdir runs/r1_tiny/cold_start  # worked examples
     dsjax grpo  --config configs/r1_tiny.py:rl         --workdir runs/r1_tiny/rl          # rewards by rule
-    dsjax distill --config configs/r1_tiny.py:student --teacher runs/r1_tiny/rl --problems 2000 --workdir runs/...
-    dsjax grpo  --config configs/r1_tiny.py:student_rl --workdir runs/r1_tiny/student_rl  # the same student, by rewards
+    dsjax sft   --config configs/r1_tiny.py:sft        --workdir runs/r1_tiny/sft         # its own right answers
+    dsjax grpo  --config configs/r1_tiny.py:rl_final   --workdir runs/r1_tiny/rl_final    # and rewards again
 
-The task is chained arithmetic: `7+5-3=?` is worked off from left to right. 0.6M parameters, bytes as tokens.
+`student` is what `dsjax distill` trains on the answers of rl, `student_rl` the same student and the same tokens by
+rewards, and `zero` is R1-Zero: rewards from the base model on, without a cold start.
+
+The task is chained arithmetic: `7+5-3*2=?` is worked off from left to right. 1,016,816 parameters, bytes as tokens, one
+device.
 """
 
 from dsjax.config import ConfigError, base_config
 
-FORMS = ("base", "cold_start", "rl", "student", "student_rl")
 RUNS = "runs/r1_tiny"
 
 
@@ -38,53 +41,84 @@ def get_config(form: str = "rl"):
         num_nextn_predict_layers=0,
         initializer_range=0.02,
     )
-    config.precision = "fp32"
-    config.hardware.price_per_chip_hour = 0.08
-    config.training.update(seed=0, mtp_loss_weight=0.0)
-    config.task.update(name="arithmetic", steps=3, largest=9, limit=20)
     config.data.sequence_length = 256
-    config.optimizer.clip_norm = 1.0
-    {"base": _base, "cold_start": _cold_start, "rl": _rl, "student": _student, "student_rl": _student_rl}[form](config)
+    config.task.update(name="arithmetic", steps=3, largest=9, limit=20)
+    config.training.mtp_loss_weight = 0.0
+    config.precision = "fp32"  # CPUs are slow in BF16
+    config.hardware.price_per_chip_hour = 0.08
+    FORMS[form](config)
     return config
 
 
-def _base(config):
-    """Single facts, `7+5=12`, in any order: what a corpus says of numbers. No chain, no question, no format."""
+def base(config):
+    """Text that knows numbers but no questions: launch/arithmetic_facts.py."""
     config.data.update(sources=(f"text_files:{RUNS}/facts.txt",), fim_rate=0.0, validation_fraction=0.05)
-    config.training.update(total_steps=400, batch_size=32, bias_update_speed=0.01)
-    config.optimizer.update(learning_rate=2e-3, warmup_tokens=20 * 32 * 256, decay_learning_rate=2e-4)
-    config.evaluation.update(every_steps=100, sequences=64)
+    config.training.update(total_steps=600, batch_size=32, bias_update_speed=0.01)
+    config.optimizer.update(learning_rate=3e-3, warmup_tokens=20 * 32 * 256, decay_learning_rate=2e-4)
+    config.evaluation.update(every_steps=100, sequences=32)
 
 
-def _cold_start(config):
-    config.init_from = f"{RUNS}/base"
-    config.data.update(sources=(f"chat:{RUNS}/cold_start.jsonl",), validation_fraction=0.1)
-    config.training.update(total_steps=60, batch_size=16, bias_update_speed=0.0)
-    config.optimizer.update(learning_rate=5e-4, decay_learning_rate=5e-5, weight_decay=0.0)
-    config.evaluation.update(every_steps=20, sequences=16)
+def cold_start(config):
+    """Thousands of solutions, as R1's, most of them the answer alone: it can think, and does so one time in three."""
+    _fine_tune(config, f"{RUNS}/base", f"{RUNS}/cold_start.jsonl", steps=900)
 
 
-def _rl(config):
+def rl(config):
+    """R1's first stage: rewards for the right answer and the form."""
     config.init_from = f"{RUNS}/cold_start"
+    # KL, group and temperature are R1's; one step a rollout, and rates for a model of this size.
     config.grpo.update(
         group_size=16,
         minibatches=1,
-        clip_epsilon=0.2,
+        clip_epsilon=10.0,
         kl_coefficient=0.001,
-        reference_every_steps=None,
+        reference_every_steps=50,
         max_new_tokens=64,
         slots=256,
     )
-    config.training.update(total_steps=100, batch_size=512, microbatch_size=32, bias_update_speed=0.0)
-    config.optimizer.update(learning_rate=1e-3, decay_learning_rate=1e-3, weight_decay=0.0)
+    config.training.update(total_steps=80, batch_size=512, microbatch_size=32, bias_update_speed=0.0)
+    config.optimizer.update(learning_rate=5e-5, decay_learning_rate=5e-5, weight_decay=0.0)
     config.evaluation.update(every_steps=10, sequences=256)
-    config.checkpoint.every_steps = 20
+    config.checkpoint.every_steps = 10
 
 
-def _student(config):
-    _cold_start(config)
-    config.init_from = None
+def zero(config):
+    """R1-Zero: no worked example. A base model of this size never writes an answer, so there is nothing to prefer."""
+    rl(config)
+    config.init_from = f"{RUNS}/base"
+    config.training.total_steps = 10
 
 
-def _student_rl(config):
-    _rl(config)
+def sft(config):
+    """The base model again, on right answers of rl (rejection sampling), as R1's second fine-tuning."""
+    _fine_tune(config, f"{RUNS}/base", f"{RUNS}/accepted.jsonl", steps=450)
+
+
+def rl_final(config):
+    """R1's last stage: at a temperature of 0.7."""
+    rl(config)
+    config.init_from = f"{RUNS}/sft"
+    config.grpo.temperature = 0.7
+    config.training.total_steps = 20
+
+
+def student(config):
+    """Trained by `dsjax distill`: 100 steps of 16 rows."""
+    _fine_tune(config, f"{RUNS}/cold_start", f"{RUNS}/student.jsonl", steps=100)
+
+
+def student_rl(config):
+    """As many rows, some 1,600, by rewards alone."""
+    rl(config)
+    config.training.total_steps = 10
+
+
+def _fine_tune(config, init_from: str, conversations: str, steps: int):
+    config.init_from = init_from
+    config.data.update(sources=(f"chat:{conversations}",), validation_fraction=0.05)
+    config.training.update(total_steps=steps, batch_size=16, bias_update_speed=0.0)
+    config.optimizer.update(learning_rate=1.5e-3, decay_learning_rate=3e-4, weight_decay=0.0)
+    config.evaluation.update(every_steps=60, sequences=16)
+
+
+FORMS = {form.__name__: form for form in (base, cold_start, rl, zero, sft, rl_final, student, student_rl)}

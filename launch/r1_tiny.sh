@@ -22,20 +22,25 @@ part "1. pretraining on single facts of arithmetic: no question, no chain, no fo
 [ -s "$runs/facts.txt" ] || python launch/arithmetic_facts.py "$runs/facts.txt"
 dsjax train --config $config:base --workdir "$runs/base"
 
-part "2. cold start: fine-tuning on a few worked examples"
-dsjax collect --config $config:cold_start --problems 400 --out "$runs/cold_start.jsonl"
+part "2. cold start: fine-tuning on solutions, of which two thirds are the answer without the way there"
+dsjax collect --config $config:cold_start --problems 16000 --brief 0.65 --out "$runs/cold_start.jsonl" | tail -n 1
 dsjax sft --config $config:cold_start --workdir "$runs/cold_start"
 
 part "3. reinforcement learning: rewards for the right answer and the format, nothing else"
 dsjax grpo --config $config:rl --workdir "$runs/rl" "$@"
 
-part "4. distillation: the base model on what the teacher got right"
-dsjax distill --config $config:student --teacher "$runs/rl" --problems 1500 --workdir "$runs/student"
+part "4. rejection sampling: the base model again, on right answers of the one before"
+dsjax collect --config $config:rl --checkpoint "$runs/rl" --problems 4000 --out "$runs/accepted.jsonl" | tail -n 1
+dsjax sft --config $config:sft --workdir "$runs/sft"
 
-part "5. the same base model and tokens, by reinforcement learning alone"
+part "5. reinforcement learning once more, at a temperature of 0.7"
+dsjax grpo --config $config:rl_final --workdir "$runs/rl_final"
+
+part "6. distillation: the cold start as a student of the reinforced one, against the same student by rewards alone"
+dsjax distill --config $config:student --teacher "$runs/rl" --problems 1500 --workdir "$runs/student"
 dsjax grpo --config $config:student_rl --workdir "$runs/student_rl"
 
-part "6. accuracy on the same 500 held-out problems: pass@1, and the majority of 4 samples"
-for run in cold_start rl student student_rl; do
+part "7. accuracy on the same 500 held-out problems: pass@1, and the majority of 4 samples"
+for run in cold_start rl sft rl_final student student_rl; do
     echo "$run: $(dsjax eval --checkpoint "$runs/$run" --config $config:rl --problems 500 --samples 4 | tr -d '\n')"
 done

@@ -10,7 +10,17 @@ from dsjax.config import ConfigError, load
 from dsjax.planning.counts import parameters
 from dsjax.training.schedule import Schedule
 
-NAMES = ["tiny", "bench", "fp8_experiment", "moonlight_16b", "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "r1"]
+NAMES = [
+    "tiny",
+    "bench",
+    "fp8_experiment",
+    "moonlight_16b",
+    "deepseek_v2_lite",
+    "deepseek_v2",
+    "deepseek_v3",
+    "r1",
+    "r1_tiny",
+]
 BILLION = 10**9
 
 

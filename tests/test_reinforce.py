@@ -187,6 +187,13 @@ def test_worked_solutions_are_collected_and_gone_on_with(config, tmp_path):
         collect(config, out, 70, first=3)
 
 
+def test_some_solutions_are_the_answer_alone(config, tmp_path):
+    out = tmp_path / "set.jsonl"
+    collect(config, out, 300, brief=0.6, tell=lambda line: None)
+    texts = [row["messages"][-1]["content"] for row in read_rows(out)]
+    assert len(texts) == 300 and 150 < sum(text.startswith("<think></think><answer>") for text in texts) < 210
+
+
 def test_only_the_right_answers_of_a_model_are_kept(config, straight, tmp_path):
     generous = change(config, "task", rewards=(config.task.rewards[0],))
     loose = tmp_path / "loose.py"

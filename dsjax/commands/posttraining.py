@@ -45,6 +45,9 @@ def add_to(add: Add) -> None:
     add_devices(collect)
     collect.add_argument("--out", required=True, type=path, metavar="FILE.jsonl", help="gone on with if it is there")
     collect.add_argument("--checkpoint", type=path, metavar="PATH", help="whose samples; default: worked solutions")
+    collect.add_argument(
+        "--brief", type=float, metavar="SHARE", help="of worked solutions: so many without the way there; default 0"
+    )
     collect.add_argument("--first", type=int, default=0, metavar="N", help="the first training problem; default 0")
     _add_amounts(collect)
 
@@ -87,11 +90,16 @@ def _collect(args: argparse.Namespace, config: Config) -> None:
     _check_amounts(args)
     if args.first < 0:
         raise ConfigError(f"--first is {args.first}, but must not be negative")
+    if args.brief is not None and not 0 <= args.brief <= 1:
+        raise ConfigError(f"--brief is {args.brief}, but is a share, from 0 to 1")
+    if args.brief is not None and args.checkpoint is not None:
+        raise ConfigError("--brief is of worked solutions, which --checkpoint does not write; leave one of them out")
     if args.checkpoint is None and args.samples > 1:
         raise ConfigError("a problem has one worked solution; --samples needs --checkpoint")
     from dsjax.posttraining.collection import collect
 
-    done = collect(config, Path(args.out), args.problems, args.checkpoint, args.samples, args.first)
+    how = (args.checkpoint, args.samples, args.first, args.brief or 0.0)
+    done = collect(config, Path(args.out), args.problems, *how)
     print(f"{args.out}: {done.kept} of {done.drawn} solutions of {done.problems} problems")
 
 

@@ -9,7 +9,7 @@ from dsjax.config import Config, ConfigError
 from dsjax.data.chat import find_template
 from dsjax.inference.loading import load
 from dsjax.posttraining.rewards import make_judge
-from dsjax.posttraining.rollouts import draw_samples
+from dsjax.posttraining.rollouts import draw_samples, seed_of
 from dsjax.posttraining.tasks import Problem, Task, make_task
 from dsjax.training.monitor import append_line, read_rows
 from dsjax.training.workdir import find_tokenizer
@@ -32,6 +32,7 @@ def collect(
     checkpoint: str | None = None,
     samples: int = 1,
     first: int = 0,
+    brief: float = 0.0,
     tell: Callable[[str], None] = print,
 ) -> Collected:
     """Writes conversations that `--config.data.sources=chat:FILE` trains on, one a line; goes on with what is there.
@@ -43,16 +44,17 @@ def collect(
       checkpoint: a run or a published model, of whose samples those are kept that have all the rewards they can have;
         None: the task's own worked solutions.
       samples: of each problem.
+      brief: share of the worked solutions, chosen by a hash of the problem, that are the answer without a thought.
       tell: is called with a line about the progress.
 
     Raises:
       ConfigError: the file cannot be written or was collected in another way, the task has no worked solutions.
     """
-    how = {"task": make_task(config.task, config.training.seed).fingerprint, "first": first, "samples": samples}
-    how["checkpoint"] = None if checkpoint is None else Path(checkpoint).name
     task = make_task(config.task, config.training.seed)
+    how: dict[str, Any] = {"task": task.fingerprint, "first": first, "samples": samples, "brief": brief}
+    how["checkpoint"] = None if checkpoint is None else Path(checkpoint).name
     begun, kept = _begun(out, how), 0
-    source = _worked(task, config) if checkpoint is None else _accepted(task, config, checkpoint, samples)
+    source = _worked(task, config, brief) if checkpoint is None else _accepted(task, config, checkpoint, samples)
     for start in range(0, problems, CHUNK):
         end = min(start + CHUNK, problems)
         if start + first < begun.next:
@@ -100,10 +102,11 @@ def _line(config: Config, index: int, problem: Problem, answer: str) -> dict[str
     return {"messages": turns, "problem": index}
 
 
-def _worked(task: Task, config: Config) -> Source:
+def _worked(task: Task, config: Config, brief: float) -> Source:
     def run(chunk: list[tuple[int, Problem]]) -> Iterator[dict[str, Any]]:
         for index, problem in chunk:
-            yield _line(config, index, problem, task.worked(problem))
+            is_brief = seed_of(config.training.seed, "brief", index, 0) < brief * 2**32
+            yield _line(config, index, problem, task.brief(problem) if is_brief else task.worked(problem))
 
     return run
 

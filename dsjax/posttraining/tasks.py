@@ -67,6 +67,10 @@ class Task:
             )
         return f"<think>{self.think(problem)}</think><answer>{problem.answer}</answer>"
 
+    def brief(self, problem: Problem) -> str:
+        """The answer alone, without a thought: how most people write one down."""
+        return f"<think></think><answer>{problem.answer}</answer>"
+
 
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task that `config` names: its problems come from its settings and `seed`.
