@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from test_integrity import files, flip
 
 from dsjax import hub
 from dsjax.__main__ import main
@@ -37,6 +38,7 @@ def get_config():
     config.mesh.update(data=2, expert=4)
     config.data.update(sources=("text_files:{text}",), sequence_length=16, validation_fraction=0.2, directory="{data}")
     config.training.update(total_steps=2, batch_size=8, bias_update_speed=0.0)
+    config.checkpoint.every_steps = 1
     config.evaluation.sequences = 8
     config.precision = "fp32"
     config.monitor.compile_cache = None
@@ -254,13 +256,83 @@ def test_convert_and_inspect_take_a_run(place, tmp_path, capsys):
         out = capsys.readouterr().out
         assert expected in out and "complete: every tensor" in out
     assert main(["inspect", str(place / "run")]) == 0
-    assert "checkpoints of step 2" in capsys.readouterr().out
+    assert "checkpoints of step 1, 2" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "fp8"), str(tmp_path / "bf16")]) == 2
     assert "bf16 exists already" in capsys.readouterr().err
     (tmp_path / "fp8" / "model.safetensors").unlink()
     assert main(["inspect", str(tmp_path / "fp8")]) == 2
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def rot(run: Path, step: int) -> None:
+    """Flips a bit in the largest file of a checkpoint."""
+    file = max(files(run / "checkpoints" / str(step)), key=lambda file: file.stat().st_size)
+    flip(file, file.stat().st_size // 2, 2)
+
+
+def reading(place: Path, run: Path, out: Path) -> dict[str, list[str]]:
+    """A command line of each kind that reads `run`, those that write into the new directory `out`."""
+    text = f"text_files:{place / 'text'}"
+    return {
+        "generate": ["generate", "--checkpoint", str(run), "--prompt", "12 squared", "--max-new-tokens", "4"],
+        "eval": ["eval", "--checkpoint", str(run), "--data", text, "--documents", "2"],
+        "convert": ["convert", str(run), str(out / "converted")],
+        "export": ["checkpoint", "export", str(run), str(out / "exported")],
+        "inspect": ["inspect", str(run)],
+    }
+
+
+def test_who_reads_a_run_takes_its_newest_sound_checkpoint_and_renames_nothing(place, tmp_path, capsys):
+    rotten, without = tmp_path / "rotten", tmp_path / "without"
+    for run in (rotten, without):
+        shutil.copytree(place / "run", run)
+    rot(rotten, 2)
+    shutil.rmtree(without / "checkpoints" / "2")
+    lying = files(rotten)
+
+    def run_both(kind: str) -> tuple[str, str]:
+        told = []
+        for run in (rotten, without):
+            assert main(reading(place, run, tmp_path / f"of_{run.name}")[kind]) == 0
+            shown = capsys.readouterr()
+            warns = "WARNING: the checkpoint of step 2 is damaged (state/" in shown.err
+            assert warns == ("that of step 1 is taken" in shown.err) == (run == rotten), kind
+            told.append(shown.out.replace(run.name, "RUN"))
+        assert files(rotten) == lying
+        return told[0], told[1]
+
+    for kind in ("generate", "eval"):
+        ours, expected = run_both(kind)
+        assert ours == expected
+    for kind in ("convert", "export"):
+        run_both(kind)
+    assert "step 1: every array is there" in run_both("inspect")[0]
+    for name in ("converted", "exported"):
+        ours, expected = (tmp_path / f"of_{run.name}" / name / "model.safetensors" for run in (rotten, without))
+        assert ours.read_bytes() == expected.read_bytes()
+
+
+def test_a_run_begins_with_the_newest_sound_checkpoint_of_another(place, tmp_path, capsys):
+    shutil.copytree(place / "run", place / "rotten")
+    rot(place / "rotten", 2)
+    _, before = load_run(place / "run", 1)
+    assert train(place, "begun", "rotten", *FROZEN) == 0
+    assert "that of step 1 is taken" in capsys.readouterr().err
+    small.assert_trees_close(load_run(place / "begun")[1].params, before.params, 1e-6)
+
+
+def test_where_no_checkpoint_is_sound_a_sentence_names_them_all(place, tmp_path, capsys):
+    shutil.copytree(place / "run", place / "lost")
+    for step in (1, 2):
+        rot(place / "lost", step)
+    for words in reading(place, place / "lost", tmp_path).values():
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "holds no sound checkpoint" in told
+        assert "the checkpoint of step 2 is damaged" in told and "the checkpoint of step 1 is damaged" in told
+    assert train(place, "refused", "lost") == 2
+    assert "holds no sound checkpoint" in capsys.readouterr().err
 
 
 def test_v3_released_is_what_its_own_config_json_says(repository, tmp_path):

@@ -1,5 +1,6 @@
 """Digests of checkpoints: every flipped bit is found, and a run goes on from the checkpoint before."""
 
+import re
 import subprocess
 
 import numpy as np
@@ -110,6 +111,35 @@ def test_restore_refuses_what_has_changed_and_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=f"{file.name} has changed since it was written") as told:
         checkpoint.restore(tmp_path, 3, abstract(state))
     assert "\n" not in str(told.value)
+
+
+def test_who_reads_passes_over_what_is_damaged_tells_it_and_renames_nothing(tmp_path):
+    state = make_state(mesh(1, 1, 1))
+    told = []
+    assert checkpoint.newest_to_read(tmp_path, told.append) is None
+    for step in (1, 2, 3):
+        save(tmp_path, step, state, keep_last=3)
+    assert checkpoint.newest_to_read(tmp_path, told.append) == 3 and not told
+    for step in (3, 2):
+        flip(max(files(tmp_path / str(step)), key=lambda file: file.stat().st_size), 100, 3)
+    assert checkpoint.newest_to_read(tmp_path, told.append) == 1
+    [sentence] = told
+    assert re.fullmatch(
+        r"the checkpoint of step 3 is damaged \(state/\S+ has changed since it was written\); "
+        r"the checkpoint of step 2 is damaged \(state/\S+ has changed since it was written\); that of step 1 is taken",
+        sentence,
+    )
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
+def test_who_reads_is_told_where_no_checkpoint_is_sound(tmp_path):
+    save(tmp_path, 3, make_state(mesh(1, 1, 1)))
+    (tmp_path / "3" / "SHA256SUMS").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"holds no sound checkpoint; .*: .* step 3 is damaged \(SHA256SUMS is"):
+        checkpoint.newest_to_read(tmp_path)
+    checkpoint.set_aside(tmp_path, 3)
+    with pytest.raises(ConfigError, match="holds no sound checkpoint; .*: 3.damaged was set aside"):
+        checkpoint.newest_to_read(tmp_path)
 
 
 def test_a_checkpoint_without_digests_can_still_be_read(tmp_path):

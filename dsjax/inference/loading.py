@@ -1,4 +1,4 @@
-"""From a directory to an engine: the newest checkpoint of a run, or a published checkpoint."""
+"""From a directory to an engine: the newest sound checkpoint of a run, or a published one."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ class Ready(NamedTuple):
 
 
 def load(path: str | Path, *, tokenizer: str | None = None, **options: Any) -> Engine:
-    """An engine with the newest checkpoint of a run, or with a published checkpoint.
+    """An engine with the newest sound checkpoint of a run, or with a published checkpoint.
 
     >>> from dsjax.inference import load
     >>> engine = load("runs/tiny")
@@ -48,7 +48,8 @@ def load(path: str | Path, *, tokenizer: str | None = None, **options: Any) -> E
       ConfigError: there is no usable checkpoint, or the tokenizer does not fit the model.
     """
     directory, speculative = Path(path), bool(options.get("speculative"))
-    config = read_config(directory, tokenizer, mtp=speculative)
+    step = None if is_published(directory) else find_step(directory)
+    config = read_config(directory, step, tokenizer, mtp=speculative)
     text = tokenizers.load(config.data.tokenizer)
     if text.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -56,32 +57,39 @@ def load(path: str | Path, *, tokenizer: str | None = None, **options: Any) -> E
             f" {config.model.vocab_size}; give the model's own with --tokenizer"
         )
     use_compile_cache(config.monitor.compile_cache)
-    model = read_weights(directory, config)
+    model = read_weights(directory, step, config)
     return Engine(model.config, model.params, model.router_bias, model.mesh, tokenizer=text, **options)
 
 
-def read_config(directory: Path, tokenizer: str | None = None, *, mtp: bool = False) -> Config:
-    """What decoding needs of a Config; a published architecture without its MTP, unless asked for."""
-    return (
-        _published_config(directory, tokenizer, mtp) if is_published(directory) else _run_config(directory, tokenizer)
-    )
+def read_config(directory: Path, step: int | None, tokenizer: str | None = None, *, mtp: bool = False) -> Config:
+    """What decoding needs of a Config, of a run after `step` or, without one, of a published checkpoint.
+
+    A published architecture comes without its MTP, unless asked for.
+    """
+    if step is None:
+        return _published_config(directory, tokenizer, mtp)
+    config = from_dict(checkpoint.read_meta(directory / CHECKPOINTS, step)["config"])
+    return _with_tokenizer(config, tokenizer or find_tokenizer(directory, config.data.tokenizer))
 
 
-def read_weights(directory: Path, config: Config) -> Ready:
+def read_weights(directory: Path, step: int | None, config: Config) -> Ready:
     """The weights of either kind, over as many devices as they were trained on or divide among."""
-    return _load_published(directory, config) if is_published(directory) else _load_run(directory, config)
+    return _load_published(directory, config) if step is None else _load_run(directory, step, config)
 
 
-def _run_config(run: Path, tokenizer: str | None) -> Config:
-    directory = run / CHECKPOINTS
-    step = checkpoint.latest(directory)
+def find_step(run: Path) -> int:
+    """The step of a run's newest sound checkpoint; a warning names newer ones that are damaged.
+
+    Raises:
+      ConfigError: there is no checkpoint, or none is sound.
+    """
+    step = checkpoint.newest_to_read(run / CHECKPOINTS)
     if step is None:
         raise ConfigError(
             f"{run} holds no checkpoint of a dsjax run, and no config.json of a published one; give the --workdir of a"
             " run that saved one, or a directory as on the Hugging Face hub"
         )
-    config = from_dict(checkpoint.read_meta(directory, step)["config"])
-    return _with_tokenizer(config, tokenizer or find_tokenizer(run, config.data.tokenizer))
+    return step
 
 
 def _published_config(directory: Path, tokenizer: str | None, mtp: bool) -> Config:
@@ -100,13 +108,12 @@ def _with_tokenizer(config: Config, name: str) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
 
 
-def _load_run(run: Path, config: Config) -> Ready:
+def _load_run(run: Path, step: int, config: Config) -> Ready:
+    """What was verified when `step` was chosen."""
     mesh = _mesh_for(_spread(config.model) if -1 in (config.mesh.fsdp, config.mesh.expert) else config.mesh)
-    step = checkpoint.latest(run / CHECKPOINTS)
-    assert step is not None
     state = abstract_state(config, mesh)
     wanted = {"params": state.params, "router_bias": state.router_bias}
-    loaded = checkpoint.restore(run / CHECKPOINTS, step, wanted, part=True)
+    loaded = checkpoint.restore(run / CHECKPOINTS, step, wanted, part=True, verify=False)
     return Ready(config, mesh, loaded["params"], loaded["router_bias"])
 
 

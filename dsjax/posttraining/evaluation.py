@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dsjax.config import Config
 from dsjax.data.chat import Template, find_template
 from dsjax.inference.engine import Engine
-from dsjax.inference.loading import load, read_config
+from dsjax.inference.loading import load
 from dsjax.posttraining.rewards import accuracy_for
 from dsjax.posttraining.rollouts import Sample, draw_samples
 from dsjax.posttraining.tasks import Task, make_task
@@ -53,7 +53,7 @@ def evaluate_problems(
     config: its task, seed and sampling; None: the run's own.
     """
     directory = Path(path)
-    engine = load(directory, tokenizer=tokenizer, slots=(config or read_config(directory, tokenizer)).grpo.slots)
+    engine = load(directory, tokenizer=tokenizer, slots=(config or Config()).grpo.slots)
     asked = engine.config if config is None else dataclasses.replace(engine.config, task=config.task, grpo=config.grpo)
     if config is not None:
         length = min(config.data.sequence_length, engine.config.model.max_position_embeddings)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import ConfigError
 from dsjax.training import integrity
+from dsjax.training.processes import any_of
 from dsjax.training.retention import kept
 
 UNFINISHED = ("*.orbax-checkpoint-tmp*", "*.unverified", "*.deleted")  # what a killed process leaves behind
@@ -163,6 +165,53 @@ def steps(directory: Path) -> list[int]:
 def latest(directory: Path) -> int | None:
     """The step of the newest complete checkpoint, or None."""
     return max(steps(directory), default=None)
+
+
+def newest_sound(directory: Path, pass_over: Callable[[int, str], None], *, verify: bool = True) -> int | None:
+    """The newest step that is as it was written, or None where none is; all processes verify a part, and agree.
+
+    Args:
+      directory: the run's `checkpoints/`.
+      pass_over: is given the step of each damaged one before the next is looked at, and a clause that says what is
+        wrong with it.
+      verify: whether to look at all; without it, the newest is taken as it is.
+    """
+    for step in reversed(steps(directory)):
+        found = damage(directory, step, jax.process_index(), jax.process_count()) if verify else None
+        if not any_of(found is not None):
+            return step
+        pass_over(step, found or "another process says how")
+    return None
+
+
+def _to_stderr(sentence: str) -> None:
+    if jax.process_index() == 0:
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+
+
+def newest_to_read(directory: Path, warn: Callable[[str], None] = _to_stderr) -> int | None:
+    """The same for who only reads a run: nothing is renamed. None where nothing has been saved.
+
+    Args:
+      directory: the run's `checkpoints/`.
+      warn: is given a sentence about those that were passed over.
+
+    Raises:
+      ConfigError: there are checkpoints, and none is sound.
+    """
+    lost = [f"{path.name} was set aside" for path in sorted(directory.glob(f"*{DAMAGED}"))]
+    passed: list[str] = []
+    sound = newest_sound(
+        directory, lambda step, reason: passed.append(f"the checkpoint of step {step} is damaged ({reason})")
+    )
+    if sound is None and (passed or lost):
+        raise ConfigError(
+            f"{directory} holds no sound checkpoint; put a sound copy of one there, or take another run:"
+            f" {'; '.join(passed + lost)}"
+        )
+    if passed:
+        warn(f"{'; '.join(passed)}; that of step {sound} is taken")
+    return sound
 
 
 def damage(directory: Path, step: int, index: int = 0, count: int = 1) -> str | None:

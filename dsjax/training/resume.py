@@ -63,10 +63,12 @@ def find_start(config: Config, workdir: Path, fingerprint: str, allowed: Sequenc
     """
     directory = workdir / CHECKPOINTS
     warnings: list[str] = []
-    for step in reversed(checkpoint.steps(directory)):
-        if problem := _damage(directory, step, config.checkpoint.verify):
-            warnings.append(problem)
-            continue
+    step = checkpoint.newest_sound(
+        directory,
+        lambda step, reason: warnings.append(_set_aside(directory, step, reason)),
+        verify=config.checkpoint.verify,
+    )
+    if step is not None:
         if config.checkpoint.verify and not checkpoint.is_verifiable(directory, step):
             warnings.append(f"the checkpoint of step {step} has no digests to verify it with: it is taken as it is")
         meta = checkpoint.read_meta(directory, step)
@@ -82,12 +84,8 @@ def find_start(config: Config, workdir: Path, fingerprint: str, allowed: Sequenc
     return Start(Position(0, 0), [], [], [])
 
 
-def _damage(directory: Path, step: int, verify: bool) -> str | None:
-    """A sentence about a damaged checkpoint, which then is no longer there under its name; all processes agree."""
-    found = checkpoint.damage(directory, step, jax.process_index(), jax.process_count()) if verify else None
-    if not any_of(found is not None):
-        return None
-    reason = found or "another process says how"
+def _set_aside(directory: Path, step: int, reason: str) -> str:
+    """Gives a damaged checkpoint another name, and a sentence about it; all processes wait until it has it."""
     if jax.process_index() == 0:
         try:
             checkpoint.set_aside(directory, step)
