@@ -76,7 +76,7 @@ def rl(config):
         max_new_tokens=64,
         slots=256,
     )
-    config.training.update(total_steps=80, batch_size=512, microbatch_size=32, bias_update_speed=0.0)
+    config.training.update(total_steps=100, batch_size=512, microbatch_size=32, bias_update_speed=0.0)
     config.optimizer.update(learning_rate=5e-5, decay_learning_rate=5e-5, weight_decay=0.0)
     config.evaluation.update(every_steps=10, sequences=256)
     config.checkpoint.every_steps = 10
@@ -91,7 +91,7 @@ def zero(config):
 
 def sft(config):
     """The base model again, on right answers of rl (rejection sampling), as R1's second fine-tuning."""
-    _fine_tune(config, f"{RUNS}/base", f"{RUNS}/accepted.jsonl", steps=450)
+    _fine_tune(config, f"{RUNS}/base", f"{RUNS}/accepted.jsonl", steps=750)
 
 
 def rl_final(config):

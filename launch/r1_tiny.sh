@@ -30,7 +30,7 @@ part "3. reinforcement learning: rewards for the right answer and the format, no
 dsjax grpo --config $config:rl --workdir "$runs/rl" "$@"
 
 part "4. rejection sampling: the base model again, on right answers of the one before"
-dsjax collect --config $config:rl --checkpoint "$runs/rl" --problems 4000 --out "$runs/accepted.jsonl" | tail -n 1
+dsjax collect --config $config:rl --checkpoint "$runs/rl" --problems 8000 --out "$runs/accepted.jsonl" | tail -n 1
 dsjax sft --config $config:sft --workdir "$runs/sft"
 
 part "5. reinforcement learning once more, at a temperature of 0.7"
