@@ -61,12 +61,15 @@ def once(make):
     return first
 
 
+MAKERS = {name: vars(loop)[name] for name in ("make_train_step", "make_scorer")}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compile_once():
     """Runs of this module share what they compile."""
     patch = pytest.MonkeyPatch()
-    for name in ("make_train_step", "make_scorer"):
-        patch.setattr(loop, name, once(vars(loop)[name]))
+    for name, make in MAKERS.items():
+        patch.setattr(loop, name, once(make))
     yield
     patch.undo()
 
@@ -129,6 +132,21 @@ def test_asked_to_stop_while_it_samples_it_saves_and_goes_on(config, straight, t
     monkeypatch.setattr(loop, "sample", original)
     assert reinforce(never, tmp_path).exit_code == 0
     assert exact(tmp_path) == exact(straight[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_log_probs", ["trainer", "rollout"])
+def test_corrections_of_v32_run_together(config, tmp_path, monkeypatch, old_log_probs):
+    for name, make in MAKERS.items():
+        monkeypatch.setattr(loop, name, make)
+    mask = {"keep_sampling_mask": True, "top_p": 0.9} if old_log_probs == "trainer" else {}
+    corrected = {"unbiased_kl": True, "off_policy_threshold": 0.1, "keep_routes": True, "old_log_probs": old_log_probs}
+    reinforce(change(config, "grpo", **corrected, **mask), tmp_path)
+    rows = read_rows(tmp_path / METRICS)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["log_prob_gap"] < 1e-3 and np.isfinite(row["loss"]) and row["grad_norm"] > 0
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6), "the reference chooses from the same"
 
 
 def test_complete_run_says_so(config, straight, capsys):

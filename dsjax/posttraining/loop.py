@@ -338,7 +338,7 @@ def gain_experience(
     old, kept = run.score(*policy, grpo.keep_sampling_mask)
     # Within the mask log-probabilities are others than the rollout's, which are of the whole vocabulary.
     whole = old if kept is None else run.score(*policy)[0]
-    behind = np.zeros_like(old) if reference is None else run.score(*reference, rows.marked_BT)[0]
+    behind = np.zeros_like(old) if reference is None else run.score(*reference, rows.marked_BT, kept_BTW=kept)[0]
     old = drawn if grpo.old_log_probs == "rollout" else old
     gap = float(np.max(np.abs(whole - drawn)))
     return Experience(rows.marked_BT, rows.spread(advantage), old, behind, kept, rows.routes_BTLK), gap

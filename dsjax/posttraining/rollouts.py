@@ -157,23 +157,24 @@ Scores = tuple[np.ndarray, np.ndarray | None]  # log-probabilities [B, T], and w
 def make_scorer(config: Config, net: Network, mesh: Mesh) -> Callable[..., Scores]:
     """f(params, router_bias, rows [B, T + 1], routes, keeps_choice) -> the log-probability of every label, FP32 [B, T].
 
-    `routes` as of Experience. With `keeps_choice` also what top_p leaves of the vocabulary at each position, packed;
-    the log-probabilities are then those within it.
+    `routes` as of Experience; `kept` is what there is to choose from, packed. With `keeps_choice` that is what top_p
+    leaves of the vocabulary at each position, and given back; log-probabilities are those within it.
     """
     size = config.training.sequences_per_microbatch
 
-    def score(params, router_bias, rows_BT, routes_BTLK, keeps_choice):
+    def score(params, router_bias, rows_BT, routes_BTLK, kept_BTW, keeps_choice):
         model = net.bind(params, router_bias)
         read = read_targets(rows_BT, True)
         hidden_BTD = model(read.inputs_BT, None, read.first_BT, by_layer(routes_BTLK)).hidden_BTD
-        kept_BTW = _choices(model, hidden_BTD, read, config) if keeps_choice else None
+        if keeps_choice:
+            kept_BTW = _choices(model, hidden_BTD, read, config)
         execution, chunk = net.execution, config.training.loss_chunk_size
         found = token_log_probs(
             hidden_BTD, model.head_DV, read.labels_BT, execution.mesh, execution.recipe, chunk, kept_BTW
         )
         return jnp.where(read.weights_BT > 0, found.log_prob_BT, 0.0), kept_BTW
 
-    compiled = jax.jit(score, static_argnums=4)
+    compiled = jax.jit(score, static_argnums=5)
 
     def run(
         params: Any,
@@ -181,15 +182,18 @@ def make_scorer(config: Config, net: Network, mesh: Mesh) -> Callable[..., Score
         rows_BT: np.ndarray,
         routes_BTLK: np.ndarray | None = None,
         keeps_choice: bool = False,
+        kept_BTW: np.ndarray | None = None,
     ) -> Scores:
         parts = []
         for start in range(0, len(rows_BT), size):
-            part = [a if a is None else _padded(a[start : start + size], size) for a in (rows_BT, routes_BTLK)]
+            part = [
+                a if a is None else _padded(a[start : start + size], size) for a in (rows_BT, routes_BTLK, kept_BTW)
+            ]
             placed = jax.device_put(part, NamedSharding(mesh, BATCH))
             parts.append(jax.device_get(compiled(params, router_bias, *placed, keeps_choice)))
         log_probs, kept = zip(*parts, strict=True)
         cut = lambda arrays: np.concatenate(arrays)[: len(rows_BT)]  # noqa: E731
-        return cut(log_probs), cut(kept) if keeps_choice else None
+        return cut(log_probs), None if kept[0] is None else cut(kept)
 
     return run
 
