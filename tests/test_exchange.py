@@ -17,9 +17,10 @@ from dsjax.model.moe import Execution, routed_experts
 from dsjax.numerics.recipe import recipe
 from dsjax.planning.traffic import expected_destinations, journey_bytes, message
 
-# Sizes of the mesh and ranks per node.
-ONE_LEVEL = [((1, 1, 2), None), ((2, 2, 2), None), ((1, 1, 4), None), ((2, 1, 4), None), ((1, 1, 8), None)]
-TWO_LEVELS = [((1, 1, 4), 2), ((1, 2, 4), 2), ((1, 1, 8), 4), ((1, 1, 8), 2)]
+# Sizes of the mesh and ranks per node: one level and two. Each is a program of its own, which takes long to compile.
+QUICK = [((1, 1, 4), None), ((2, 2, 2), None), ((1, 1, 8), 2)]
+MORE = [((1, 1, 2), None), ((2, 1, 4), None), ((1, 1, 8), None), ((1, 1, 4), 2), ((1, 2, 4), 2), ((1, 1, 8), 4)]
+MESHES = [*QUICK, *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in MORE)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def execution(sizes, node=None, **dispatch) -> Execution:
     return small.execution(small.mesh(*sizes), form="all_to_all", ranks_per_node=node, **dispatch)
 
 
-@pytest.mark.parametrize(("sizes", "node"), ONE_LEVEL + TWO_LEVELS, ids=str)
+@pytest.mark.parametrize(("sizes", "node"), MESHES, ids=str)
 def test_loss_and_every_gradient_equal_the_dense_oracle(truth, sizes, node):
     run = layer(CONFIG, execution(sizes, node, capacity_factor=1.0))
     for name, bias in biases().items():
@@ -51,7 +52,14 @@ def test_capacity_changes_rounds_and_nothing_else(truth, sizes, node, capacity_f
         assert (result[0][1].rounds == 1) == (capacity_factor == 8.0)
 
 
-@pytest.mark.parametrize(("form", "remat"), [("all_to_all", "none"), ("all_to_all", "full"), ("all_gather", "full")])
+@pytest.mark.parametrize(
+    ("form", "remat"),
+    [
+        ("all_to_all", "full"),
+        pytest.param("all_to_all", "none", marks=pytest.mark.slow),
+        pytest.param("all_gather", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_change_no_number(truth, form, remat):
     run = layer(CONFIG, small.execution(small.mesh(1, 2, 4), remat, form=form, chunks=7, capacity_factor=1.0))
     for name, bias in biases().items():
@@ -70,7 +78,12 @@ def _unbiased(config):
 
 @pytest.mark.parametrize(
     ("experts", "choices", "sizes", "node"),
-    [(8, 1, (1, 1, 8), None), (8, 1, (1, 1, 8), 4), (16, 6, (1, 1, 4), 2), (16, 6, (2, 1, 2), None)],
+    [
+        (8, 1, (1, 1, 8), 4),
+        (16, 6, (2, 1, 2), None),
+        pytest.param(8, 1, (1, 1, 8), None, marks=pytest.mark.slow),
+        pytest.param(16, 6, (1, 1, 4), 2, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_everything_to_one_expert_and_many_to_one_rank(experts, choices, sizes, node):
@@ -97,7 +110,7 @@ def choices_of(bias) -> np.ndarray:
     return np.array([route(row, bias, CONFIG)[0] for row in logits])
 
 
-@pytest.mark.parametrize(("sizes", "node"), [*ONE_LEVEL, *TWO_LEVELS], ids=str)
+@pytest.mark.parametrize(("sizes", "node"), MESHES, ids=str)
 @pytest.mark.parametrize("capacity_factor", [1.0, 8.0])
 def test_a_token_goes_once_to_each_node_and_once_to_each_rank(sizes, node, capacity_factor):
     run = layer(CONFIG, execution(sizes, node, capacity_factor=capacity_factor))
