@@ -23,6 +23,7 @@ SCRIPTS = [
     "launch/simulate.sh",
     "launch/processes.sh",
     "launch/fp8_experiment.sh",
+    "launch/r1_tiny.sh",
     "launch/slurm.sbatch",
     "launch/tpu_vm.sh",
     "launch/xpk.sh",
@@ -472,3 +473,22 @@ def test_unsuitable_python_is_refused_in_a_sentence(sandbox, tmp_path):
     ran = run(sandbox, "launch/quickstart.sh", PYTHON=str(old))
     assert ran.returncode == 2
     assert ran.stderr == f"dsjax: {old} is not Python 3.11, 3.12 or 3.13; name one with PYTHON=...\n"
+
+
+def test_the_tiny_r1_goes_through_all_stages(sandbox):
+    facts = sandbox / "runs" / "r1_tiny" / "facts.txt"
+    facts.parent.mkdir(parents=True)
+    facts.write_text("1+1=2\n")
+    done = run(sandbox, "launch/r1_tiny.sh", "--config.training.total_steps=3")
+    assert done.returncode == 0, done.stderr
+    made = calls(sandbox)
+    assert [call.split()[0] for call in made] == [
+        *("train", "collect", "sft", "grpo", "collect", "sft", "grpo", "distill", "grpo"),
+        *("eval",) * 6,
+    ]
+    parser, commands = _parser()
+    for call in made:
+        words, overrides = _split_overrides(call.split())
+        _check_flags(words, commands[words[0]])
+        args = parser.parse_args(words)
+        assert (overrides != []) == (args.config == "configs/r1_tiny.py:rl" and words[0] == "grpo")
