@@ -84,7 +84,7 @@ def test_layers_of_a_stack_and_all_weights_start_different(initial):
     assert len(set(firsts)) == len(firsts)
 
 
-def dense_layer(x_BTD, router_DE, bias_E, weights, config, execution):
+def dense_layer(x_BTD, router_DE, bias_E, weights, config, execution, given_BTK):
     """The oracle in the place of `routed_experts`."""
     y, balance, load = oracles.dense_experts(x_BTD, router_DE, bias_E, *weights, config)
     return y, RoutingStats(load.astype(jnp.float32), balance, *(jnp.float32(n) for n in (0, 1, 0, 0)))
