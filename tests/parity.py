@@ -40,7 +40,7 @@ from dsjax.model.layers import embed, rope_amplitude, rope_frequencies, rope_tab
 from dsjax.model.losses import cross_entropy
 from dsjax.model.moe import Execution
 from dsjax.model.routing import route
-from dsjax.model.transformer import Network, network
+from dsjax.model.transformer import Network, Spans, network
 from dsjax.numerics.recipe import recipe
 from dsjax.sections import ConfigError, build
 from dsjax.sharding import BATCH, make_mesh
@@ -351,7 +351,7 @@ def _one_layer(net: Network) -> Callable[..., dict[str, jax.Array]]:
         rope_2TP = rope_table(net.config, x_BTD.shape[1])
         attention_BTD = block.self_attn(block.input_layernorm(x_BTD), rope_2TP)
         h_BTD = block.post_attention_layernorm(x_BTD + attention_BTD)
-        found = {"attn_out": attention_BTD, "out": block(x_BTD, rope_2TP)[0]}
+        found = {"attn_out": attention_BTD, "out": block(x_BTD, Spans(rope_2TP, None))[0]}
         if stack == "dense_layers":
             return found | {"mlp_out": block.mlp(h_BTD)}
         return found | {"mlp_out": block.mlp(h_BTD)[0]} | _routes(block.mlp.gate, h_BTD, net.config)
