@@ -197,7 +197,7 @@ def _seconds(rows: Rows) -> dict[str, np.ndarray]:
 
 def _from_zero(axes: "Axes") -> None:
     """The vertical axis begins at 0 and has room above the highest value."""
-    highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
+    highest = max((float(np.asarray(line.get_ydata(), float).max()) for line in axes.lines), default=0.0)
     axes.set_ylim(0, 1.15 * highest if highest > 0 else 1)
 
 
