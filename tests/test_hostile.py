@@ -301,17 +301,21 @@ def test_a_meta_of_something_else_is_told():
 
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch"}
+# They run Python files that are named to be run: a configuration, a reward of the user's own.
+RUN_FILES = {"config.py", "posttraining/worker.py"}
 
 
 def test_nothing_is_loaded_that_could_be_code(repository):
-    for path in (repository / "dsjax").rglob("*.py"):
+    package = repository / "dsjax"
+    for path in package.rglob("*.py"):
+        runs_files = path.relative_to(package).as_posix() in RUN_FILES
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & FORBIDDEN, path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "yaml.load") and (called != "exec" or path.name == "config.py"), path
+                assert called not in ("eval", "yaml.load") and (called != "exec" or runs_files), path
                 if called in ("np.load", "numpy.load"):
                     assert "allow_pickle=False" in ast.unparse(node), path
 

@@ -254,7 +254,7 @@ def test_matmul_rate_is_that_of_this_machine():
 
 
 def test_the_line_of_a_terminal_is_updated_in_place_and_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor_module.shutil, "get_terminal_size", lambda: os.terminal_size((48, 24)))
+    monkeypatch.setattr(monitor_module.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((48, 24)))
     clock = Clock(monkeypatch)
     stream = Terminal()
     monitor = make(tmp_path, stream=stream)
