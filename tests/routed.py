@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import small
 from small import assert_trees_close
+from weak_scaling import QUICKLY
 
 from dsjax.model.experts import ExpertWeights
 from dsjax.model.moe import routed_experts
@@ -35,8 +36,15 @@ def layer(config, execution):
         y, stats = routed_experts(x, router, bias, weights, config, execution)
         return jnp.sum(y * target) + stats.balance_loss, stats
 
-    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)
     return lambda bias: compiled((x, router, weights), bias)
+
+
+def statistics(config, execution):
+    """bias -> what routed_experts tells of a batch, without gradients."""
+    x, router, weights, _ = operands(config)
+    run = lambda bias: routed_experts(x, router, bias, weights, config, execution)[1]  # noqa: E731
+    return jax.jit(run, compiler_options=QUICKLY)
 
 
 def oracle(config):

@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from weak_scaling import QUICKLY
 
 from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dsjax.model.moe import Execution
 from dsjax.numerics.recipe import recipe
 from dsjax.sharding import make_mesh
 from dsjax.training.objective import language_model_loss
-from dsjax.training.state import build_network
+from dsjax.training.state import TrainState, abstract_state, build_network, state_shardings
 
 FP32 = recipe("fp32")
 
@@ -38,6 +39,8 @@ MODEL = ModelConfig(
     aux_loss_alpha=1e-2,
 )
 
+# One MoE layer, which has every kind of parameter, for tests of what is around the model: little to compile.
+ONE_LAYER = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
 DEEPER = dataclasses.replace(MODEL, num_hidden_layers=3)  # two MoE layers
 
 
@@ -50,13 +53,21 @@ def execution(on: jax.sharding.Mesh | None = None, remat: str = "none", **dispat
     return Execution(on or mesh(), FP32, DispatchConfig(**dispatch), remat)
 
 
-def config(model: ModelConfig = MODEL, *, data=1, fsdp=1, expert=1, **training: Any) -> Config:
+# Room for everything in one round. The code of further rounds, run or not, makes a step of eight devices twice as long
+# to compile; tests of rounds ask for less room.
+ROOMY = DispatchConfig(capacity_factor=8.0)
+
+
+def config(
+    model: ModelConfig = MODEL, *, data=1, fsdp=1, expert=1, dispatch: DispatchConfig = ROOMY, **training: Any
+) -> Config:
     """A run of a small model in FP32, whole batches of 8 sequences."""
     values = {"batch_size": 8, "remat": "none", "loss_chunk_size": 10} | training
     # A large epsilon: a gradient of nothing but rounding shall not become a step of full size.
     return Config(
         model=model,
         mesh=MeshConfig(data, fsdp, expert),
+        dispatch=dispatch,
         optimizer=OptimizerConfig(eps=1e-3, moment_dtype="float32"),
         training=TrainingConfig(**values),
         precision="fp32",
@@ -74,10 +85,18 @@ def weights_like(shapes: Any, seed: int = 0, scale: float = 0.15) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def state(config: Config, on: jax.sharding.Mesh) -> TrainState:
+    """A state with random weights, as `init_state` makes, without a program to compile for it."""
+    abstract = abstract_state(config, on)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    return jax.device_put(dataclasses.replace(zeros, params=weights_like(abstract.params)), state_shardings(config, on))
+
+
 def gradients(config: Config, on: jax.sharding.Mesh):
     """(network, compiled (params, bias, tokens, hyperparameters) -> (loss, metrics), gradients) of pretraining."""
     net = build_network(config, on)
-    return net, jax.jit(jax.value_and_grad(language_model_loss(net, config), has_aux=True))
+    loss_fn = language_model_loss(net, config)
+    return net, jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICKLY)
 
 
 def tokens(*shape: int, seed: int = 0, vocab_size: int = MODEL.vocab_size) -> np.ndarray:

@@ -15,10 +15,9 @@ from dsjax.aot import told, topology
 from dsjax.aot.compile import compile_step
 from dsjax.aot.hlo import Program, array_bytes, readable
 from dsjax.aot.work import flops_per_device
-from dsjax.config import ConfigError
+from dsjax.config import ConfigError, DispatchConfig
 from dsjax.planning import counts, hardware
 from dsjax.planning.plan import make_plan
-from dsjax.training.state import init_state
 
 # The forms that the TPU and the GPU compiler write: a loop that says how often it turns, one whose condition holds
 # the bound, one with a traced bound, one inside shard_map; collectives that wait and that do not; four group formats.
@@ -183,11 +182,13 @@ def test_work_of_a_dense_model_is_the_closed_form():
 
 @pytest.mark.parametrize("form, kind", [("all_gather", "all-gather"), ("all_to_all", "all-to-all")])
 def test_the_step_is_taken_apart(form, kind):
-    config = small.config(data=1, fsdp=2, expert=4, microbatch_size=8, batch_size=16)
-    config = dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, form=form))
+    dispatch = dataclasses.replace(small.ROOMY, form=form)
+    config = small.config(
+        small.ONE_LAYER, data=1, fsdp=2, expert=4, dispatch=dispatch, microbatch_size=8, batch_size=16
+    )
     mesh = small.mesh(1, 2, 4)
     step = compile_step(config, mesh, devices_per_node=2)
-    state = init_state(config, mesh)
+    state = small.state(config, mesh)
     here = jax.devices()[0]
 
     def held(tree):
@@ -200,13 +201,15 @@ def test_the_step_is_taken_apart(form, kind):
     assert batch <= step.state_bytes["other"] <= batch + held(state.router_bias) + 64
     assert kind in {row.kind for row in step.traffic}
     assert {row.crosses_nodes for row in step.traffic if row.group == 8} == {True}
-    assert step.flops > 16 / 8 * config.data.sequence_length * counts.flops_per_token(config.model, 1, mtp=True)
+    assert step.flops > 16 / 8 * config.data.sequence_length * counts.flops_per_token(config.model, 1)
 
 
 @pytest.fixture(scope="module")
 def planned():
     """A plan for 8 H100, and its step as this machine's own compiler makes it."""
-    config = small.config(small.DEEPER, data=1, fsdp=2, expert=4, microbatch_size=8, batch_size=16, loss_chunk_size=16)
+    training = dict(microbatch_size=8, batch_size=16, loss_chunk_size=16)
+    model = dataclasses.replace(small.ONE_LAYER, num_hidden_layers=2)
+    config = small.config(model, data=1, fsdp=2, expert=4, dispatch=DispatchConfig(), **training)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=64))
     plan = make_plan(config, hardware.HARDWARE["H100"], 8, 1e6)
     return plan, compile_step(plan.config, small.mesh(1, 2, 4), 8)

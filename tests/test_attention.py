@@ -54,7 +54,8 @@ def test_mla_equals_its_statement(q_lora_rank, length):
     assert ("q_proj" in weights) == (q_lora_rank is None)
     frequencies, scale = rope_frequencies(config).astype(np.float64), softmax_scale(config)
     expected = [oracles.mla(sequence.astype(np.float64), weights, config, frequencies, scale) for sequence in x]
-    np.testing.assert_allclose(mla(x, rope_table(config, length)), expected, atol=2e-5)
+    table = rope_table(config, length)
+    np.testing.assert_allclose(jax.jit(lambda x: mla(x, table))(x), expected, atol=2e-5)
 
 
 def test_no_future_leak():
@@ -109,8 +110,8 @@ def test_splash_attention_equals_the_blocks():
         out, pull = jax.vjp(attention, q, k, v)
         return jax.tree.map(lambda a: a.astype(jnp.float32), (out, *pull(dout)))
 
-    ours = both(lambda *qkv: splash_attention(*qkv, scale=0.7, interpret=True))
-    assert_trees_close(ours, both(lambda *qkv: causal_attention(*qkv, 0.7)), 2e-2)
+    ours = jax.jit(lambda: both(lambda *qkv: splash_attention(*qkv, scale=0.7, interpret=True)))()
+    assert_trees_close(ours, jax.jit(lambda: both(lambda *qkv: causal_attention(*qkv, 0.7)))(), 2e-2)
 
 
 def test_scores_of_all_pairs_never_exist():
@@ -122,7 +123,7 @@ def test_scores_of_all_pairs_never_exist():
 
 def test_bf16_softmax_is_computed_in_fp32():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 40, 2, 8), jnp.bfloat16) for i in range(3))
-    out = causal_attention(q, k, v, 3.0)
+    out = jax.jit(causal_attention, static_argnums=3)(q, k, v, 3.0)
     assert out.dtype == jnp.bfloat16
     wide = [a.astype(jnp.float32) for a in (q, k, v)]
     # Rounding of the probabilities and of the result, nothing more: scores up to 50 in BF16 would be 0.1 off.

@@ -38,9 +38,8 @@ def fast_matmul(monkeypatch):
 
 
 def config(**training):
-    """A small model without MTP, over all eight devices."""
-    model = dataclasses.replace(small.MODEL, num_nextn_predict_layers=0)
-    whole = small.config(model, data=2, expert=4, **training)
+    """One layer, over all eight devices."""
+    whole = small.config(small.ONE_LAYER, data=2, expert=4, **training)
     return dataclasses.replace(whole, data=dataclasses.replace(whole.data, sequence_length=LENGTH))
 
 

@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 import small
-from tiny_runs import STEPS, change, exact, tiny_run
+from tiny_runs import STEPS, change, exact, quick_runs, tiny_run
 
 from dsjax.sharding import replicated
 from dsjax.training import checkpoint, loop
 from dsjax.training.device_check import DeviceCheck, odd_ones
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
-from dsjax.training.state import init_state
 from dsjax.training.workdir import CHECKPOINTS, METRICS
 
 CONFIG = small.config(data=4, expert=2)
@@ -31,7 +30,7 @@ def check(mesh):
 
 @pytest.fixture
 def state(mesh):
-    return init_state(CONFIG, mesh)
+    return small.state(CONFIG, mesh)
 
 
 def with_a_flipped_bit(array, device: int, place: int, bit: int):
@@ -77,9 +76,15 @@ def test_the_one_that_differs_is_odd():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    config = tiny_run(tmp_path_factory.mktemp("run"))
+    config = change(tiny_run(tmp_path_factory.mktemp("run")), "mesh", data=8, expert=1)
     config = change(config, "monitor", device_check_every_steps=2)
     return change(config, "checkpoint", every_steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_runs():
+        yield
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dsjax.training.diagnostics import measure_quantisation
 from dsjax.training.state import init_state
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-ONE_LAYER = dataclasses.replace(small.MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+ONE_LAYER = small.ONE_LAYER
 VALUES = {"mtp_loss_weight": np.float32(0.3)}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from tiny_runs import STEPS, T, change, exact, tiny_run
+from tiny_runs import STEPS, T, change, exact, quick_runs, tiny_run
 
 from dsjax.config import Config, DivergenceConfig
 from dsjax.data.loader import Loader
@@ -18,7 +18,7 @@ from dsjax.training.divergence import Halt, Spike, Watch, leave_out, place
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
 from dsjax.training.objective import language_model_loss
-from dsjax.training.state import build_network, init_state
+from dsjax.training.state import build_network
 from dsjax.training.step import make_train_step, pretrain_step
 from dsjax.training.workdir import CHECKPOINTS, METRICS
 
@@ -88,7 +88,7 @@ def test_what_is_left_out_of_the_data_order():
 @pytest.fixture(scope="module")
 def poisoned():
     """(state, compiled step) of which a batch with the token 49 at its beginning gives the factor 0 * inf."""
-    config, mesh = small.config(data=2, expert=4), small.mesh(2, 1, 4)
+    config, mesh = small.config(small.ONE_LAYER), small.mesh()
     plain = language_model_loss(build_network(config, mesh), config)
 
     def loss_fn(params, bias, tokens, hyperparameters):
@@ -96,7 +96,7 @@ def poisoned():
         poison = jnp.where(tokens[0, 0] == 49, jnp.nan, 1.0)
         return total * poison, metrics  # only the gradient is not finite: the reported loss is
 
-    return (lambda: init_state(config, mesh)), make_train_step(loss_fn, config, mesh), pretrain_step(config, mesh)
+    return (lambda: small.state(config, mesh)), make_train_step(loss_fn, config, mesh), pretrain_step(config, mesh)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poisoned):
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poisoned):
 
 
 def test_skipping_can_be_turned_off(poisoned):
-    config, mesh = small.config(data=2, expert=4), small.mesh(2, 1, 4)
+    config, mesh = small.config(small.ONE_LAYER), small.mesh()
     config = dataclasses.replace(config, divergence=DivergenceConfig(skip_nonfinite=False))
     state, metrics = pretrain_step(config, mesh)(
         jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, poisoned[0]()),
@@ -134,6 +134,7 @@ def test_skipping_can_be_turned_off(poisoned):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
     config = tiny_run(tmp_path_factory.mktemp("run"))
+    config = change(config, "mesh", data=8, expert=1)
     config = change(config, "checkpoint", every_steps=3)
     config = dataclasses.replace(
         config, divergence=DivergenceConfig(window=4, spike_std=3.0, spike_rise=3.0, skip_steps=1, max_skipped=1)
@@ -145,19 +146,19 @@ def rows_of(config, indices):
     return Loader(prepare(config.data, progress=False), config.data, config.training.seed).rows(indices)
 
 
-@pytest.fixture(scope="module")
-def compiled_once():
-    return {}
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_runs():
+        yield
 
 
 @pytest.fixture
-def inject(monkeypatch, compiled_once):
+def inject(monkeypatch):
     """inject(bad batches, spoil): what the step makes of one of them, `spoil` changes."""
 
     def wrap(bad, spoil):
         def compile_step(*arguments, original=loop.compile_step):
-            compiled = compiled_once.get("step") or original(*arguments)
-            compiled_once["step"] = compiled
+            compiled = original(*arguments)
 
             def step(state, tokens, *rest):
                 state, metrics = compiled(state, tokens, *rest)

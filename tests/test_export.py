@@ -148,6 +148,7 @@ def run(request, texts, tmp_path_factory) -> Run:
     config = Config(
         model=MODELS[request.param],
         mesh=MeshConfig(data=2, expert=4),
+        dispatch=small.ROOMY,
         data=DataConfig(
             (f"text_files:{texts}",), sequence_length=48, validation_fraction=0.2, directory=str(place / "data")
         ),

@@ -32,7 +32,7 @@ from dsjax.training.step import pretrain_step
 FP8 = [name for name, how in RECIPES.items() if how.is_fp8]
 MTP_WEIGHT = {"mtp_loss_weight": jnp.float32(0.3)}
 SEQUENCES, LENGTH = 8, 9
-ONE_LAYER = dataclasses.replace(small.MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+ONE_LAYER = small.ONE_LAYER
 
 
 def bits(tree) -> list[bytes]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 from test_integrity import files, flip
+from tiny_runs import quick_runs
 
 from dsjax import hub
 from dsjax.__main__ import main
@@ -36,6 +37,8 @@ def get_config():
     config = base_config()
     config.model.aux_loss_alpha = 0.25
     config.mesh.update(data=2, expert=4)
+    config.dispatch.capacity_factor = 8.0
+    config.hardware.peak_flops_per_second = 1e12
     config.data.update(sources=("text_files:{text}",), sequence_length=16, validation_fraction=0.2, directory="{data}")
     config.training.update(total_steps=2, batch_size=8, bias_update_speed=0.0)
     config.checkpoint.every_steps = 1
@@ -52,8 +55,14 @@ def model() -> hub.Loaded:
     return hub.Loaded(MODEL, small.weights_like(net.shapes), small.weights_like(net.bias_shapes, 1))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_runs():
+        yield
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model) -> Path:
+def place(tmp_path_factory, model, quick) -> Path:
     """A config file, texts, a published checkpoint, and a run that began with it."""
     place = tmp_path_factory.mktemp("place")
     (place / "text").mkdir()

@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny_runs import STEPS, T, change, exact, start, tiny_run, wait_for
+from tiny_runs import STEPS, T, change, exact, quick_runs, start, tiny_run, wait_for
 
 from dsjax.config import (
     Config,
@@ -41,20 +41,9 @@ def straight(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Runs of this module share the compiled step; those in processes of their own compile theirs."""
-    compiled, patch = {}, pytest.MonkeyPatch()
-
-    def compile_step(config, *rest, original=loop.compile_step):
-        training, numbers = config.training, (config.precision, config.fp8)
-        key = (config.model, config.mesh, config.optimizer, training.batch_size, training.microbatch_size, *numbers)
-        if key not in compiled:
-            compiled[key] = original(config, *rest)
-        return compiled[key]
-
-    patch.setattr(loop, "compile_step", compile_step)
-    yield
-    patch.undo()
+def quick():
+    with quick_runs(draws=lambda workdir: workdir.name.startswith("straight")):
+        yield
 
 
 def final_arrays(config, workdir):

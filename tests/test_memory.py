@@ -13,7 +13,7 @@ import small
 import weak_scaling
 from jax.sharding import AbstractMesh
 
-from dsjax.config import FP8Config, load
+from dsjax.config import DispatchConfig, FP8Config, load
 from dsjax.sharding import AXES
 from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, abstract_state, build_network, init_state
@@ -91,7 +91,8 @@ def test_v3_gradients_are_told_to_be_divided(repository):
 )
 def test_gradients_of_a_real_mesh_come_out_divided(axes, microbatches):
     """Compiled without out_shardings: what the partitioner makes of the program alone."""
-    config, mesh = small.config(batch_size=8 * microbatches, microbatch_size=8, **axes), small.mesh(**axes)
+    training = dict(batch_size=8 * microbatches, microbatch_size=8)
+    config, mesh = small.config(dispatch=DispatchConfig(), **axes, **training), small.mesh(**axes)
     state = abstract_state(config, mesh)
     gradients_of = make_gradients(language_model_loss(build_network(config, mesh), config), config, mesh)
     compiled = (
@@ -106,7 +107,7 @@ def test_gradients_of_a_real_mesh_come_out_divided(axes, microbatches):
 
 def test_the_state_of_a_real_mesh_takes_what_the_abstract_one_says():
     axes = dict(data=2, fsdp=2, expert=2)
-    config, mesh = small.config(**axes), small.mesh(**axes)
+    config, mesh = small.config(small.ONE_LAYER, **axes), small.mesh(**axes)
     state = init_state(config, mesh)
     promised = abstract_state(config, mesh)
     for device in mesh.devices.flat:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from routed import ASSIGNMENTS, CONFIG, LENGTH, SEQUENCES, biases, check, layer, operands, oracle
+from routed import ASSIGNMENTS, CONFIG, LENGTH, SEQUENCES, biases, check, layer, operands, oracle, statistics
 
 from dsjax.model import dispatch as travel
 from dsjax.model.moe import Execution, routed_experts
@@ -96,14 +96,14 @@ def test_a_layout_that_loses_rows_shows_as_dropped_tokens(monkeypatch):
         return layout._replace(row_MK=layout.row_MK.at[0].set(buffer.rows))  # the first token's rows never come back
 
     monkeypatch.setattr(travel, "lay_out", lossy)
-    (_, stats), _ = layer(CONFIG, small.execution(small.mesh()))(biases()["by scores"])
+    stats = statistics(CONFIG, small.execution(small.mesh()))(biases()["by scores"])
     assert stats.dropped == CONFIG.num_experts_per_tok
 
 
 def test_limiting_the_rounds_would_show_as_dropped_tokens(monkeypatch):
     monkeypatch.setattr(travel, "rounds_needed", lambda by_expert, buffer: jnp.int32(1))
-    run = layer(CONFIG, small.execution(small.mesh(2, 1, 4), form="all_gather", capacity_factor=1.0))
-    (_, stats), _ = run(biases()["every token to the same"])
+    run = statistics(CONFIG, small.execution(small.mesh(2, 1, 4), form="all_gather", capacity_factor=1.0))
+    stats = run(biases()["every token to the same"])
     # Experts 0 and 1 are on the first rank, 2 on the second; each of the two groups of ranks holds a quarter there.
     tokens, room = SEQUENCES * LENGTH // 2, ASSIGNMENTS // 2 // 4
     assert stats.dropped == 2 * (2 * tokens - room + tokens - room)

@@ -129,7 +129,7 @@ def test_weights_and_gradients_of_a_step_by_hand():
 
 
 def test_an_open_expert_axis_is_the_size_that_moves_least():
-    config = dataclasses.replace(small.config(expert=-1, fsdp=2), mesh=MeshConfig(-1, 2, -1))
+    config = dataclasses.replace(small.config(expert=-1, fsdp=2, dispatch=DispatchConfig()), mesh=MeshConfig(-1, 2, -1))
     chosen = resolve(config, 8)
     sizes = {}
     for expert in (1, 2, 4):

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 import small
+from weak_scaling import QUICKLY
 
 from dsjax.checks import FP8_PRECISIONS
-from dsjax.config import FP8Config, MeshConfig, ModelConfig, load
+from dsjax.config import DispatchConfig, FP8Config, MeshConfig, ModelConfig, load
 from dsjax.model import causal
 from dsjax.planning import memory as planned
 from dsjax.planning.layout import dispatch_form
@@ -86,8 +87,9 @@ def test_kept_activations_equal_the_traced_program(precision, remat, sizes, form
         v_head_dim=64,
         num_nextn_predict_layers=0,
     )
-    config = small.config(model, data=sizes[0], expert=sizes[2], remat=remat)
-    config = dataclasses.replace(config, precision=precision, dispatch=dataclasses.replace(config.dispatch, form=form))
+    dispatch = DispatchConfig(form)
+    config = small.config(model, data=sizes[0], expert=sizes[2], dispatch=dispatch, remat=remat)
+    config = dataclasses.replace(config, precision=precision)
     mesh = small.mesh(*sizes)
     traced = saved_bytes(config, mesh)
     kept = kept_per_layer(config, dict(mesh.shape), form)
@@ -105,8 +107,8 @@ def compiled_bytes(config, mesh) -> float:
     shape = (training.batch_size // training.sequences_per_microbatch, training.sequences_per_microbatch, length + 1)
     values = {name: np.float32(0) for name in ("learning_rate", "bias_update_speed", "mtp_loss_weight")}
     batch = jax.ShapeDtypeStruct(shape, np.int32)
-    step = pretrain_step(config, mesh).lower(abstract_state(config, mesh), batch, np.int32(shape[0]), values).compile()
-    found = step.memory_analysis()
+    lowered = pretrain_step(config, mesh).lower(abstract_state(config, mesh), batch, np.int32(shape[0]), values)
+    found = lowered.compile(QUICKLY).memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
@@ -138,7 +140,7 @@ def test_peak_against_steps_compiled_for_cpu(case):
     form is of the right size, and no larger than what a compiler that is bad at it needs.
     """
     sizes, training = CASES[case]
-    config = small.config(MIDDLING, **sizes, **(dict(loss_chunk_size=512) | training))
+    config = small.config(MIDDLING, **sizes, dispatch=DispatchConfig(), **(dict(loss_chunk_size=512) | training))
     mesh = make_mesh(MeshConfig(**sizes))
     ratio = estimate(config, mesh).peak / compiled_bytes(config, mesh)
     print(f"closed form over compiled, {case}: {ratio:.2f}")

@@ -9,7 +9,6 @@ import pytest
 import small
 
 from dsjax.config import FP8Config
-from dsjax.training.state import init_state
 from dsjax.training.step import place_batch, pretrain_step
 
 SETTINGS = {"learning_rate": 1e-3, "bias_update_speed": 1e-3, "mtp_loss_weight": 0.3}
@@ -28,7 +27,7 @@ def one_step(working_copy, precision="fp8_deepseek", **axes):
     rows = small.tokens(8, LENGTH)
     batch = place_batch(lambda indices: rows[list(indices)], (1, 8, LENGTH), on)
     arguments = (batch, np.int32(1), {name: np.float32(value) for name, value in SETTINGS.items()})
-    state = init_state(config, on)
+    state = small.state(config, on)
     compiled = pretrain_step(config, on).lower(state, *arguments).compile()
     return *jax.device_get(compiled(state, *arguments)), compiled.as_text()
 

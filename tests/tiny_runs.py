@@ -1,19 +1,24 @@
 """A tiny run that tests share, in this process or in one of its own."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import pytest
+import small
 
 from dsjax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
+    HardwareConfig,
     MeshConfig,
     ModelConfig,
     MonitorConfig,
@@ -21,6 +26,7 @@ from dsjax.config import (
     TrainingConfig,
     to_dict,
 )
+from dsjax.training import loop, summary, validation
 from dsjax.training.monitor import read_rows
 from dsjax.training.workdir import METRICS
 
@@ -62,6 +68,7 @@ def tiny_run(folder: Path) -> Config:
             v_head_dim=8,
         ),
         mesh=MeshConfig(data=2, expert=4),
+        dispatch=small.ROOMY,
         data=DataConfig(
             sources=(f"text_files:{text}",),
             sequence_length=T,
@@ -81,6 +88,7 @@ def tiny_run(folder: Path) -> Config:
         ),
         checkpoint=CheckpointConfig(every_steps=None),
         evaluation=EvaluationConfig(every_steps=4, sequences=8),
+        hardware=HardwareConfig(peak_flops_per_second=1e12),  # else it is measured
         monitor=MonitorConfig(compile_cache=None, expert_load_every_steps=2),
         precision="fp32",
     )
@@ -88,6 +96,38 @@ def tiny_run(folder: Path) -> Config:
 
 def change(config: Config, section: str, **values) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+@contextlib.contextmanager
+def quick_runs(draws: Callable[[Path], bool] = lambda workdir: False) -> Iterator[None]:
+    """Runs in here that need the same programs share them; those in processes of their own compile theirs.
+
+    draws: whether a run in that directory draws its pictures, too.
+    """
+    compiled = {}
+
+    def key(config: Config) -> tuple:
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=1, decay_learning_rate=0, decay_tokens=None)
+        training = config.training
+        shapes = (config.data.sequence_length, training.batch_size, training.microbatch_size, training.loss_chunk_size)
+        how = (config.dispatch, config.precision, config.fp8, training.remat, config.divergence.skip_nonfinite)
+        return (config.model, config.mesh, optimizer, *shapes, *how)
+
+    def compile_step(config, *rest, original=loop.compile_step):
+        if (name := ("step", key(config))) not in compiled:
+            compiled[name] = original(config, *rest)
+        return compiled[name]
+
+    def evaluate_step(config, *rest, original=validation.evaluate_step):
+        if (name := ("evaluate", key(config))) not in compiled:
+            compiled[name] = original(config, *rest)
+        return compiled[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_step", compile_step)
+        patch.setattr(validation, "evaluate_step", evaluate_step)
+        patch.setattr(summary, "draw", lambda workdir, draw=summary.draw: draw(workdir) if draws(workdir) else "")
+        yield
 
 
 def exact(workdir):
