@@ -173,7 +173,8 @@ def test_a_lost_process_ends_all_and_a_signal_saves(folder, processes):
     ran.send_signal(signal.SIGINT)
     out, errors = ran.communicate(timeout=LIMIT)
     assert ran.returncode == 130, errors
-    assert "going on after step 5" in out and "interrupted; the same command goes on from here" in out
+    assert re.search(r"going on after step \d*[05]\b", out), out
+    assert "interrupted; the same command goes on from here" in out
     last = json.loads((workdir / METRICS).read_text().splitlines()[-1])["step"]
     assert (workdir / "checkpoints" / str(last)).is_dir()
 

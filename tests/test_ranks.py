@@ -82,9 +82,10 @@ def test_a_lost_process_ends_the_other_within_seconds(pair, folder, rank):  # no
 
 def test_a_stuck_process_ends_the_other_with_the_stacks_of_its_threads(pair, folder):  # noqa: F811
     begin, _ = pair
-    both = begin("--config.monitor.watchdog_seconds=60")
+    # JAX itself ends the other, without stacks, 100 s after the last heartbeat, which may be 50 s old.
+    both = begin("--config.monitor.watchdog_seconds=40")
     both[1].send_signal(signal.SIGSTOP)
     start = time.monotonic()
     assert both[0].wait(timeout=300) == 1, told(folder)
-    assert 50 < time.monotonic() - start < 250
-    assert "no step has ended for 60 s" in told(folder)[0] and "in advance" in told(folder)[0]
+    assert 30 < time.monotonic() - start < 100
+    assert "no step has ended for 40 s" in told(folder)[0] and "in advance" in told(folder)[0]
