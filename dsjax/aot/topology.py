@@ -4,6 +4,7 @@ libtpu and XLA's CUDA plugin compile for a named topology without a chip: the fi
 `plan-tpu`), the second from JAX's CUDA wheels (extra `plan-gpu`), which want no driver.
 """
 
+import ctypes
 import itertools
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from dsjax.sections import ConfigError
 
 GPUS_PER_NODE = 8
+M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ GPUS = {
 def set_environment(hardware: str) -> None:
     """What has to stand before JAX is imported, for `devices` to find no chip and look for none."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Else the compiler keeps, for all that it makes of an operation, where in Python that was written.
+    os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+    _share_one_arena()
     if hardware in TPUS:
         # Not on a TPU VM; and other processes may compile at the same time.
         os.environ |= {
@@ -65,6 +70,17 @@ def set_environment(hardware: str) -> None:
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         }
+
+
+def _share_one_arena() -> None:
+    """Lets all threads take memory from one heap.
+
+    glibc gives each thread of the compiler a heap of its own, and what is free in one serves no other: that is over
+    1 GiB for all of V3.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has nothing of the kind
+        mallopt(M_ARENA_MAX, 1)
 
 
 def devices(hardware: str, chips: int, torus: Sequence[int] | None = None) -> list[Any]:
