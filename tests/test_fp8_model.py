@@ -32,7 +32,6 @@ from dsjax.training.step import pretrain_step
 FP8 = [name for name, how in RECIPES.items() if how.is_fp8]
 MTP_WEIGHT = {"mtp_loss_weight": jnp.float32(0.3)}
 SEQUENCES, LENGTH = 8, 9
-ONE_LAYER = small.ONE_LAYER
 
 
 def bits(tree) -> list[bytes]:
@@ -157,7 +156,7 @@ def gradients(
     """((loss, metrics), gradients) of one MoE layer between embedding and head."""
     how = dataclasses.replace(recipe(name, accumulation), compute_dtype=compute_dtype)
     execution = Execution(small.mesh(*sizes), how, DispatchConfig(capacity_factor=capacity_factor), remat)
-    net, loss_fn = loss_of(ONE_LAYER, execution)
+    net, loss_fn = loss_of(small.ONE_LAYER, execution)
     rng = np.random.default_rng(1)
     bias = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), net.bias_shapes)
     run = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -198,7 +197,7 @@ def test_every_mesh_gives_what_one_device_gives(name, sizes):
 
 # --- what travels ---
 
-WIDE = dataclasses.replace(ONE_LAYER, hidden_size=160)  # more than one tile
+WIDE = dataclasses.replace(small.ONE_LAYER, hidden_size=160)  # more than one tile
 RANKS = 4
 
 
@@ -264,7 +263,7 @@ def kept_by_a_layer(name: str, stack: str, model) -> Counter:
 def test_a_layer_keeps_what_the_report_keeps_in_low_precision_and_nothing_else(name, stack):
     dense = 3 if stack == "dense_layers" else 0
     model = dataclasses.replace(
-        ONE_LAYER,
+        small.ONE_LAYER,
         num_hidden_layers=3,
         first_k_dense_replace=dense,
         num_attention_heads=3,
@@ -300,7 +299,7 @@ def test_a_layer_keeps_what_the_report_keeps_in_low_precision_and_nothing_else(n
 @cache
 def losses(name: str, steps: int = 10) -> np.ndarray:
     """Of training on one batch, over and over."""
-    config = dataclasses.replace(small.config(ONE_LAYER, remat="deepseek"), precision=name)
+    config = dataclasses.replace(small.config(small.ONE_LAYER, remat="deepseek"), precision=name)
     mesh = small.mesh()
     state, step = init_state(config, mesh), pretrain_step(config, mesh)
     values = {"learning_rate": np.float32(1e-2), "bias_update_speed": np.float32(0), "mtp_loss_weight": np.float32(0)}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from tiny_runs import change
+from tiny_runs import change, start, wait_for
 
 from dsjax.config import Config, ConfigError, DataConfig, GRPOConfig, TaskConfig
 from dsjax.inference.loading import load
@@ -113,6 +113,18 @@ def test_interrupted_between_rollouts_it_goes_on_bit_for_bit(config, straight, t
         jax.tree.leaves(arrays(config, tmp_path, 4)), jax.tree.leaves(arrays(config, straight[0], 4)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_killed_behind_a_save_it_goes_on_bit_for_bit(config, straight, tmp_path):
+    """The save of step 2 may have been finished or not."""
+    process = start(config, tmp_path, reinforce)
+    wait_for(lambda: len(read_rows(tmp_path / METRICS)) >= 3, process)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert reinforce(config, tmp_path).step == 4
+    assert exact(tmp_path) == exact(straight[0])
 
 
 def test_asked_to_stop_while_it_samples_it_saves_and_goes_on(config, straight, tmp_path, monkeypatch, capsys):

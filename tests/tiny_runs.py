@@ -135,20 +135,21 @@ def exact(workdir):
 
 
 WORKER = """
-import json, sys
+import importlib, json, sys
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 from dsjax.config import from_dict
-from dsjax.training.loop import train
+run = getattr(importlib.import_module(sys.argv[4]), sys.argv[5])
 print("ready", flush=True)
-sys.exit(train(from_dict(json.loads(sys.argv[1])), sys.argv[2]).exit_code)
+sys.exit(run(from_dict(json.loads(sys.argv[1])), sys.argv[2]).exit_code)
 """
 
 
-def start(config: Config, workdir) -> subprocess.Popen:
+def start(config: Config, workdir, run: Callable = loop.train) -> subprocess.Popen:
     arguments = [json.dumps(to_dict(config)), str(workdir), jax.config.jax_compilation_cache_dir]
+    arguments += [run.__module__, run.__name__]
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
