@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import small
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from dsjax.aot import told, topology
@@ -16,6 +17,7 @@ from dsjax.aot.compile import compile_step
 from dsjax.aot.hlo import Program, array_bytes, readable
 from dsjax.aot.work import flops_per_device
 from dsjax.config import ConfigError, DispatchConfig
+from dsjax.model import dispatch as travel
 from dsjax.planning import counts, hardware
 from dsjax.planning.plan import make_plan
 
@@ -103,6 +105,7 @@ def test_names_of_operations_read_like_the_model():
     name = "jit(train_step)/while/body/transpose(jvp())/while/body/closed_call/checkpoint/feed_forward/shard_map/add"
     assert readable(name) == "feed_forward/add, backward"
     assert readable("jit(train_step)/while/body/jvp(mtp)/attention/dot_general") == "mtp/attention/dot_general"
+    assert readable("jit(train_step)/transpose(jvp(mtp))/every_round/while/body/mul") == "mtp/mul, backward"
 
 
 def test_a_program_of_the_cpu_compiler_is_read_too():
@@ -142,6 +145,22 @@ def test_work_counts_loops_branches_and_shards():
     product = 2 * 4 * 8 * 8
     outside, inside = (5 + 7 + 2) * product + 2 * 4 * 8 * 10, 3 * product / 2
     assert flops_per_device(program, 4, while_trips=7) == outside / 4 + inside
+
+
+def test_work_counts_what_a_kernel_writes_and_nothing_that_is_not_read():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = jnp.dot(x_ref[...], x_ref[...], preferred_element_type=jnp.float32)
+
+    def local(x):
+        lax.psum(x @ x.T, "data")  # nothing reads it
+        block = pl.BlockSpec((8, 8), lambda i: (i, 0))
+        out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return pl.pallas_call(kernel, out, grid=(2,), in_specs=[block], out_specs=block, interpret=True)(x)
+
+    spec = PartitionSpec("data")
+    run = jax.shard_map(local, mesh=small.mesh(2), in_specs=spec, out_specs=spec, check_vma=False)
+    program = jax.make_jaxpr(run)(jnp.ones((32, 8))).jaxpr
+    assert flops_per_device(program, 2, while_trips=1) == 2 * (2 * 8 * 8 * 8)
 
 
 def test_work_equals_the_compilers_count_without_loops():
@@ -202,6 +221,18 @@ def test_the_step_is_taken_apart(form, kind):
     assert kind in {row.kind for row in step.traffic}
     assert {row.crosses_nodes for row in step.traffic if row.group == 8} == {True}
     assert step.flops > 16 / 8 * config.data.sequence_length * counts.flops_per_token(config.model, 1)
+
+
+def test_rounds_in_one_loop_count_as_one_round_apart_from_it(monkeypatch):
+    dispatch = DispatchConfig(form="all_to_all", ranks_per_node=2, capacity_factor=1.0)
+    config = small.config(small.ONE_LAYER, data=1, fsdp=2, expert=4, dispatch=dispatch, remat="full")
+    mesh, in_rounds = small.mesh(1, 2, 4), travel.in_rounds
+    in_one_loop = compile_step(config, mesh, devices_per_node=4)
+    monkeypatch.setattr(travel, "in_rounds", lambda *arguments, recompute: in_rounds(*arguments, recompute=False))
+    apart = compile_step(config, mesh, devices_per_node=4)
+    assert in_one_loop.flops == apart.flops
+    sent = [[row.bytes_sent for row in step.traffic if row.kind == "all-to-all"] for step in (in_one_loop, apart)]
+    assert sum(sent[0]) == sum(sent[1]) > 0
 
 
 @pytest.fixture(scope="module")

@@ -99,12 +99,16 @@ def test_dispatch_and_combine_are_each_others_transpose():
     np.testing.assert_allclose(pull(rows[:, 0])[0].reshape(-1), assigned.T @ rows[:, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_rounds_add_up_with_their_gradients(rounds):
+def test_rounds_add_up_with_their_gradients(rounds, recompute):
     scale = np.arange(1, 6, dtype=np.float32)
     x = np.linspace(0.5, 1, 4, dtype=np.float32)
     one_round = lambda x, scale, r: (jnp.sin(x * scale[r]), r)  # noqa: E731
-    run = lambda x: travel.in_rounds(one_round, x, jnp.asarray(scale), jnp.int32(rounds))  # noqa: E731
+
+    def run(x):
+        return travel.in_rounds(one_round, x, jnp.asarray(scale), jnp.int32(rounds), recompute=recompute)
+
     y, pull, count = jax.vjp(run, x, has_aux=True)
     assert count == sum(range(rounds))
     each = x[None] * scale[:rounds, None]

@@ -95,7 +95,9 @@ def test_everything_to_one_expert_and_many_to_one_rank(experts, choices, sizes, 
 
 
 def test_lost_rounds_would_show_as_dropped_tokens(monkeypatch):
-    once = lambda one_round, operands, constants, rounds: one_round(operands, constants, jnp.int32(0))  # noqa: E731
+    def once(one_round, operands, constants, rounds, *, recompute):
+        return one_round(operands, constants, jnp.int32(0))
+
     monkeypatch.setattr(travel, "in_rounds", once)
     stats = statistics(CONFIG, execution((1, 1, 8), 4, capacity_factor=1.0))(biases()["every token to the same"])
     assert stats.dropped > 0

@@ -124,9 +124,10 @@ def test_the_state_of_a_real_mesh_takes_what_the_abstract_one_says():
 
 
 @pytest.mark.slow
-def test_a_device_needs_no_more_temporaries_on_eight_than_alone(repository):
-    """Weak scaling: tiny, its 1,024 tokens a device in four chunks; alone, and on its own mesh of data 2 x expert 4."""
-    config = load(str(repository / "configs" / "tiny.py"), ["dispatch.chunks=4"])
+@pytest.mark.parametrize("override", ["training.remat=full", "dispatch.chunks=4"])
+def test_a_device_needs_no_more_temporaries_on_eight_than_alone(repository, override):
+    """Weak scaling: tiny, its 1,024 tokens a device; alone, and on its own mesh of data 2 x expert 4."""
+    config = load(str(repository / "configs" / "tiny.py"), [override])
     (alone, temporaries_alone), (among, temporaries) = (weak_scaling.memory(config, devices) for devices in (1, 8))
     assert temporaries < temporaries_alone * (1 + weak_scaling.ALLOWED_GROWTH)
     assert among < 0.3 * alone  # weights and moments over the expert axis

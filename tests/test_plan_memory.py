@@ -40,10 +40,10 @@ def estimate(config, mesh, splash=False):
 
 
 def test_v3_on_1024_v5p_is_within_15_percent_of_the_compiled_peak(repository):
-    """libtpu's own peak of the real step: 54.7 GiB, of which 9.97 are what the step is given."""
+    """libtpu's own peak of the real step: 55.3 GiB, of which 9.97 are what the step is given."""
     config = load(str(repository / "configs" / "deepseek_v3.py"), V3_ON_V5P)
     found = memory(config, {"data": 2, "fsdp": 8, "expert": 64}, "all_to_all", splash=True)
-    assert found.peak / GiB == pytest.approx(54.7, rel=0.15)
+    assert found.peak / GiB == pytest.approx(55.3, rel=0.15)
     assert found.state / GiB == pytest.approx(9.97, rel=0.01)
     assert found.moment == "feed-forward"
     named = {term.name: term.bytes / GiB for term in found.terms}

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from dsjax.model.dispatch import EVERY_ROUND, LATER_ROUNDS
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16}
 
@@ -18,6 +20,8 @@ _BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_MACHINERY = {"", "train_step", "while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
+_MACHINERY |= {EVERY_ROUND, LATER_ROUNDS}
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Program:
     """A compiled module, read from its text.
 
     Loops count as often as they turn. Where the text does not say, the loop has a traced count: outside shard_map
-    that is the loop over microbatches, of `while_trips`; inside it the further rounds of a dispatch, which are none
-    when all experts are equally busy.
+    that is the loop over microbatches, of `while_trips`; inside it the rounds of a dispatch, of which there is one
+    when all experts are equally busy, in the loop or before it.
     """
 
     def __init__(self, text: str, while_trips: int):
@@ -95,7 +99,9 @@ class Program:
         if bounds:
             return max(bounds)
         name = _OP_NAME.search(line)
-        return 0 if name and "shard_map/" in name[1] else self._while_trips
+        if name and "shard_map/" in name[1]:
+            return int(EVERY_ROUND in name[1])
+        return self._while_trips
 
     def largest_arrays(self, count: int) -> list[Array]:
         """The largest arrays, each once however many instructions pass it on."""
@@ -195,7 +201,6 @@ def readable(op_name: str) -> str:
     is_backward, is_again = "transpose(" in op_name, "rematted_computation" in op_name
     name = re.sub(r"(?:transpose|jvp|vmap|jit)\(([^()]*)\)", r"\1", op_name)
     name = re.sub(r"(?:transpose|jvp|vmap|jit)\(([^()]*)\)", r"\1", name)
-    machinery = {"", "train_step", "while", "body", "closed_call", "checkpoint", "rematted_computation", "shard_map"}
-    parts = [part for part in name.split("/") if part not in machinery]
+    parts = [part for part in name.split("/") if part not in _MACHINERY]
     short = "/".join(dict.fromkeys(parts[:1] + parts[-2:]))
     return short + (", computed again" if is_again else ", backward" if is_backward else "")

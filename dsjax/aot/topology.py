@@ -76,7 +76,7 @@ def _share_one_arena() -> None:
     """Lets all threads take memory from one heap.
 
     glibc gives each thread of the compiler a heap of its own, and what is free in one serves no other. With the
-    locations that is 1.5 of 10 GiB for all of V3 on v5p.
+    locations that was 1.5 of 10 GiB for all of V3 on v5p.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has nothing of the kind

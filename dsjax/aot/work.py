@@ -8,6 +8,8 @@ from typing import Any
 
 from jax.extend.core import Jaxpr
 
+from dsjax.model.dispatch import EVERY_ROUND
+
 
 def flops_per_device(program: Jaxpr, devices: int, while_trips: int) -> float:
     """FLOPs of all matrix products that one of `devices` does, a multiply and an add being two.
@@ -16,11 +18,24 @@ def flops_per_device(program: Jaxpr, devices: int, while_trips: int) -> float:
       program: a traced function; what it computes outside shard_map is spread over all devices.
       devices: of the mesh.
       while_trips: turns of the loops with a traced count outside shard_map, which are those over microbatches. Inside
-        shard_map they are the further rounds of a dispatch, of which there are none when experts are equally busy.
+        shard_map they are the rounds of a dispatch, of which there is one when experts are equally busy, in the loop or
+        before it.
 
-    Where the program branches, the largest branch counts.
+    Where the program branches, the largest branch counts. What nothing reads does not: the compiler leaves it out.
     """
-    return sum(_of_equation(equation, devices, while_trips) for equation in program.eqns)
+    return sum(_of_equation(equation, devices, while_trips) for equation in _live(program))
+
+
+def _live(program: Jaxpr) -> list[Any]:
+    """The equations whose results are read, and in kernels those that write to memory."""
+    read, live = set(map(id, program.outvars)), []
+    for equation in reversed(program.eqns):
+        # That it names an axis is an effect of a collective too, which may go unread like anything else.
+        writes = any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
+        if writes or any(id(variable) in read for variable in equation.outvars):
+            live.append(equation)
+            read |= set(map(id, equation.invars))
+    return live
 
 
 def _of_equation(equation: Any, devices: int, while_trips: int) -> float:
@@ -43,7 +58,7 @@ def _of_equation(equation: Any, devices: int, while_trips: int) -> float:
     if name == "scan":
         return params["length"] * sum(inside)
     if name == "while":
-        return while_trips * sum(inside)
+        return (while_trips or EVERY_ROUND in str(equation.source_info.name_stack)) * sum(inside)
     if name == "pallas_call":
         return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int)) * sum(inside)
     return sum(inside)

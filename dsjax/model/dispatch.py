@@ -18,6 +18,10 @@ from jax import lax
 
 from dsjax.planning.buffers import Buffer
 
+# Names of loops over rounds: over all, which turns once at least, and over those after the first, which mostly does not
+# turn. Who counts a program's work reads them there.
+EVERY_ROUND, LATER_ROUNDS = "every_round", "later_rounds"
+
 
 class Layout(NamedTuple):
     """Who is where in a buffer, in one round."""
@@ -126,36 +130,51 @@ dispatch_weights.defvjp(
 Round = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def in_rounds(one_round: Round, operands: Any, constants: Any, rounds: jax.Array) -> tuple[jax.Array, Any]:
+def in_rounds(
+    one_round: Round, operands: Any, constants: Any, rounds: jax.Array, *, recompute: bool
+) -> tuple[jax.Array, Any]:
     """The sums of what `one_round(operands, constants, r)` returns over r = 0 .. rounds - 1.
 
-    Round 0 is ordinary code. Later ones run in a loop with a traced trip count, zero when the load is balanced,
-    whose backward pass loops over the gradients of the same rounds. The counts have no gradient.
+    Round 0 is ordinary code, which keeps for its backward pass what it likes. Later ones run in a loop with a traced
+    trip count, zero when the load is balanced, whose backward pass computes each of them again. The counts have no
+    gradient.
+
+    recompute: round 0 is computed again too, as the layer around it would be, and runs in the loop: one copy of the
+      code where there would be two, and one where there would be eight in a journey of two legs.
     """
+    if recompute:
+        shapes = jax.eval_shape(one_round, operands, constants, jnp.int32(0))
+        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+        return _rounds_from(0, one_round, zeros, operands, constants, rounds)
     first = one_round(operands, constants, jnp.int32(0))
-    later = _later_rounds(one_round, jax.tree.map(jnp.zeros_like, first), operands, constants, rounds)
+    later = _rounds_from(1, one_round, jax.tree.map(jnp.zeros_like, first), operands, constants, rounds)
     return jax.tree.map(jnp.add, first, later)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _later_rounds(one_round: Round, zeros: Any, operands: Any, constants: Any, rounds: jax.Array) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounds_from(start: int, one_round: Round, zeros: Any, operands: Any, constants: Any, rounds: jax.Array) -> Any:
     add = lambda r, sums: jax.tree.map(jnp.add, sums, one_round(operands, constants, r))  # noqa: E731
-    return lax.fori_loop(1, rounds, add, zeros)
+    return _loop(start, rounds, add, zeros)
 
 
-def _later_rounds_fwd(one_round: Round, zeros, operands, constants, rounds):
-    return _later_rounds(one_round, zeros, operands, constants, rounds), (operands, constants, rounds)
+def _rounds_from_fwd(start: int, one_round: Round, zeros, operands, constants, rounds):
+    return _rounds_from(start, one_round, zeros, operands, constants, rounds), (operands, constants, rounds)
 
 
-def _later_rounds_bwd(one_round: Round, kept, dsums: Any):
+def _rounds_from_bwd(start: int, one_round: Round, kept, dsums: Any):
     operands, constants, rounds = kept
 
     def add_gradient(r, total):
         _, pull, _ = jax.vjp(lambda ops: one_round(ops, constants, r), operands, has_aux=True)
         return jax.tree.map(jnp.add, total, pull(dsums[0])[0])
 
-    gradients = lax.fori_loop(1, rounds, add_gradient, jax.tree.map(jnp.zeros_like, operands))
+    gradients = _loop(start, rounds, add_gradient, jax.tree.map(jnp.zeros_like, operands))
     return None, gradients, None, None
 
 
-_later_rounds.defvjp(_later_rounds_fwd, _later_rounds_bwd)
+def _loop(start: int, rounds: jax.Array, body: Callable[[jax.Array, Any], Any], first: Any) -> Any:
+    with jax.named_scope(LATER_ROUNDS if start else EVERY_ROUND):
+        return lax.fori_loop(start, rounds, body, first)
+
+
+_rounds_from.defvjp(_rounds_from_fwd, _rounds_from_bwd)

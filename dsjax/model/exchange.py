@@ -90,13 +90,17 @@ def all_to_all(
     legs: tuple[Leg, ...],
     buffer: Buffer,
     recipe: Recipe,
+    *,
+    recompute: bool = False,
 ) -> tuple[jax.Array, Tally]:
     """y [M, D]: for each of this rank's tokens the weighted sum over its experts, wherever they live.
 
     `legs` lead from here to the experts; what arrives at the end of them goes through `own_experts` with `buffer`.
+    `recompute` is that of `dispatch.in_rounds`.
     """
     if not legs:
-        return own_experts(x_MD, experts_MK, weights_MK, weights, buffer, lax.axis_index("expert"), recipe)
+        rank = lax.axis_index("expert")
+        return own_experts(x_MD, experts_MK, weights_MK, weights, buffer, rank, recipe, recompute=recompute)
     leg, *rest = legs
     masters, copies = taken_apart(weights)
     by_place = _sort_by_destination(experts_MK // buffer.experts, leg)
@@ -108,7 +112,8 @@ def all_to_all(
         weights_SK = send(weights_MK, trip, leg, None)
         experts_SK = _outward(experts_MK + 1, trip, leg) - 1  # -1, which is no expert, in empty rows
         whole = put_together(masters, copies)
-        y_SD, tally = all_to_all(x_SD, experts_SK, weights_SK, whole, tuple(rest), buffer, recipe)
+        arrived = (x_SD, experts_SK, weights_SK, whole)
+        y_SD, tally = all_to_all(*arrived, tuple(rest), buffer, recipe, recompute=recompute)
         y_MD = collect(y_SD, trip, leg, None if recipe.measures else recipe.before_combine.gradient)
         left = jnp.sum(trip.send_R) - trip.send_R[leg.place(lax.axis_index("expert"))]
         is_near = leg.stride == 1 and leg.ranks < leg.axis_size
@@ -120,7 +125,7 @@ def all_to_all(
     # The same number everywhere: the rounds hold collectives, and every device has to take part.
     most = jnp.max(jnp.diff(by_place.starts_E))
     rounds = lax.pmax(jnp.maximum(1, -(-most // leg.capacity)), AXES)
-    return travel.in_rounds(one_round, operands, constants, rounds)
+    return travel.in_rounds(one_round, operands, constants, rounds, recompute=recompute)
 
 
 def _sort_by_destination(owner_MK: jax.Array, leg: Leg) -> travel.Sorted:

@@ -93,6 +93,8 @@ def own_experts(
     buffer: Buffer,
     rank: jax.Array | int,
     recipe: Recipe,
+    *,
+    recompute: bool = False,
 ) -> tuple[jax.Array, Tally]:
     """y [M, D]: for each token the weighted sum over those of its experts that this rank owns.
 
@@ -104,6 +106,7 @@ def own_experts(
       buffer: what one round holds; there are as many rounds as it takes.
       rank: place on the expert axis.
       recipe: how to multiply.
+      recompute: the backward pass computes everything again, see `dispatch.in_rounds`.
     """
     masters, copies = taken_apart(weights)
     by_expert = travel.sort_assignments(experts_MK, rank * buffer.experts, buffer.experts)
@@ -121,7 +124,8 @@ def own_experts(
     operands, constants = (x_MD, weights_MK, masters), (by_expert, copies)
     if buffer.assignments >= len(x_MD) * min(experts_MK.shape[1], buffer.experts):  # all fits, whatever the routing
         return one_round(operands, constants, jnp.int32(0))
-    return travel.in_rounds(one_round, operands, constants, travel.rounds_needed(by_expert, buffer))
+    rounds = travel.rounds_needed(by_expert, buffer)
+    return travel.in_rounds(one_round, operands, constants, rounds, recompute=recompute)
 
 
 def suits_few(tokens: int, choices: int, experts: int, recipe: Recipe) -> bool:

@@ -183,17 +183,18 @@ def _exchange(
     recipe, dispatch = execution.recipe, execution.dispatch
     ranks, experts = execution.mesh.shape["expert"], config.n_routed_experts // execution.mesh.shape["expert"]
     form, (tokens, choices) = execution.dispatch_form(config), experts_MK.shape
+    recompute = execution.remat == "full"
     if form == "all_to_all":
         is_ragged = execution.mesh.devices.flat[0].platform != "cpu"
         legs = plan_legs(config, dispatch, ranks, tokens, is_ragged=is_ragged)
         room = dispatch.capacity_factor * tokens * choices
         buffer = buffer_for(room, legs[-1].rows, choices, experts)
-        return all_to_all(x_MD, experts_MK, weights_MK, weights, legs, buffer, recipe)
+        return all_to_all(x_MD, experts_MK, weights_MK, weights, legs, buffer, recipe, recompute=recompute)
     if form == "local":
         if execution.few_tokens and suits_few(tokens, choices, experts, recipe):
             return few_tokens(x_MD, experts_MK, weights_MK, weights, 0, recipe)
         buffer = make_buffer(tokens, choices, experts, 1, dispatch.capacity_factor)
-        return own_experts(x_MD, experts_MK, weights_MK, weights, buffer, 0, recipe)
+        return own_experts(x_MD, experts_MK, weights_MK, weights, buffer, 0, recipe, recompute=recompute)
     x_MD = gather_tokens(x_MD, recipe)
     experts_MK, weights_MK = (gather(a, ("expert",), 0, execution.mesh) for a in (experts_MK, weights_MK))
     rank = lax.axis_index("expert")
@@ -201,5 +202,5 @@ def _exchange(
         y_MD, tally = few_tokens(x_MD, experts_MK, weights_MK, weights, rank * experts, recipe)
     else:
         buffer = make_buffer(ranks * tokens, choices, experts, ranks, dispatch.capacity_factor)
-        y_MD, tally = own_experts(x_MD, experts_MK, weights_MK, weights, buffer, rank, recipe)
+        y_MD, tally = own_experts(x_MD, experts_MK, weights_MK, weights, buffer, rank, recipe, recompute=recompute)
     return scatter_sums(y_MD, recipe), tally._replace(far=jnp.int32((ranks - 1) * tokens))
