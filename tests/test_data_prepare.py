@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -342,6 +343,14 @@ def test_preparation_needs_neither_tensorflow_nor_jax():
     code = "import sys, dsjax.data.prepare; print([m for m in ('tensorflow', 'jax', 'grain') if m in sys.modules])"
     root = Path(prepare.__file__).parents[2]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"
+
+
+def test_nothing_is_left_in_the_temporary_directory(make, monkeypatch, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    make(TEXTS)
+    assert not os.listdir(scratch)
 
 
 def test_preparation_prints_nothing_when_quiet(make, capfd):

@@ -45,6 +45,13 @@ class Prepared:
     manifest: dict[str, Any]
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    """Of a dataset that is made here."""
+
+    def initialize_from_bucket(self) -> None:
+        """TFDS would look for it in its bucket, and leave an empty temporary directory behind."""
+
+
 class PackedText(tfds.core.ShardBasedBuilder):
     """Rows of packed tokens as a TFDS dataset: one feature `tokens` [sequence_length + 1].
 
@@ -68,7 +75,7 @@ class PackedText(tfds.core.ShardBasedBuilder):
             encoding=tfds.features.Encoding.BYTES,
         )
         features = tfds.features.FeaturesDict({"tokens": tokens})
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return _OwnInfo(builder=self, features=features, disable_shuffling=True)
 
     def _shard_iterators_per_split(self, dl_manager):
         return {split: self._shards(split, stream) for split, stream in self._streams.items()}
