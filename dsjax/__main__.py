@@ -23,6 +23,7 @@ examples:
   dsjax train --config configs/tiny.py --devices 8 --workdir runs/tiny
   dsjax train --config configs/tiny.py --devices 8 --workdir runs/tiny --config.training.total_steps=500
   dsjax prepare --config configs/tiny.py --config.data.sources=text_files:books
+  dsjax tokenizer --config configs/fp8_experiment.py
   dsjax generate --checkpoint runs/tiny --prompt "def main():" --max-new-tokens 200
   dsjax report runs/tiny
   dsjax checkpoint verify runs/tiny

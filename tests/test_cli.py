@@ -99,7 +99,7 @@ def test_module_and_script_are_the_same_program(repository):
         ("bench --config TINY --steps 3", "--steps is 3"),
         ("bench --config TINY --baseline sparse", "argument --baseline: invalid choice: 'sparse'"),
         ("--wat", "unknown flag --wat"),
-        ("-x", "no command; valid are prepare, train,"),
+        ("-x", "no command; valid are tokenizer, prepare, train,"),
     ],
 )
 def test_mistake_is_one_sentence_and_exits_2(capsys, called, tiny, line, sentence):

@@ -1,4 +1,4 @@
-"""prepare, train, report, bench."""
+"""tokenizer, prepare, train, report, bench."""
 
 import argparse
 import json
@@ -11,7 +11,10 @@ from dsjax.sections import ConfigError
 
 
 def add_to(add: Add) -> None:
-    """The four parsers."""
+    """The five parsers."""
+    tokenizer = add("tokenizer", _tokenizer, "learn model.vocab_size tokens from the text of a config: data.tokenizer")
+    add_config(tokenizer)
+
     prepare = add("prepare", _prepare, "tokenise and pack the text of a config, once; train does it by itself")
     add_config(prepare)
 
@@ -59,6 +62,12 @@ def add_to(add: Add) -> None:
     bench.add_argument("--tokens", metavar="N[,N]", help="rows of the products; default: as published, on a CPU 128")
     bench.add_argument("--table", type=path, metavar="FILE", help="write the products' speeds as Markdown too")
     bench.add_argument("--steps", type=int, metavar="N", help="timed steps, at least 10; default 20")
+
+
+def _tokenizer(args: argparse.Namespace, config: Config) -> None:
+    from dsjax.data.vocabulary import learn
+
+    print(learn(config.data, config.model.vocab_size))
 
 
 def _prepare(args: argparse.Namespace, config: Config) -> None:

@@ -103,7 +103,7 @@ class JsonTokenizer:
     """A tokenizer.json, run by the `tokenizers` library."""
 
     def __init__(self, path: Path):
-        tokenizers = _import_tokenizers()
+        tokenizers = import_tokenizers()
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -139,7 +139,7 @@ class JsonTokenizer:
     @functools.cached_property
     def _with_special(self) -> Any:
         """The same tokenizer, to which special tokens are special."""
-        copy = _import_tokenizers().Tokenizer.from_str(self._tokenizer.to_str())
+        copy = import_tokenizers().Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
 
@@ -281,7 +281,8 @@ def _packaged_deepseek() -> Path:
     return Path(spec.origin).with_name("tokenizer.json")
 
 
-def _import_tokenizers():
+def import_tokenizers() -> Any:
+    """The library; raises ConfigError where it is missing."""
     try:
         import tokenizers
     except ImportError as error:

@@ -1,0 +1,128 @@
+"""Learning a tokenizer from the text of a config."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dsjax.__main__ import main
+from dsjax.config import ConfigError, DataConfig
+from dsjax.data import packing, prepare, tokenizer, vocabulary
+
+TEXTS = [f"document {i}: def function_{i % 7}(argument): return argument + {i}  # wörld 你好\n" * 3 for i in range(300)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """data(**options) -> the options of a source of TEXTS and a new tokenizer."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    options = {
+        "sources": (f"text_files:{texts}",),
+        "tokenizer": str(tmp_path / "new" / "tokenizer.json"),
+        "directory": str(tmp_path / "data"),
+        "sequence_length": 32,
+        "validation_fraction": 0.2,
+    }
+    return lambda **changed: DataConfig(**{**options, **changed})
+
+
+def test_what_is_learnt_loads_packs_and_gives_every_text_back(data):
+    told = vocabulary.learn(data(), 400, progress=False)
+    assert told.startswith(f"{data().tokenizer}: 400 tokens, from ")
+    learnt = tokenizer.load(data().tokenizer)
+    assert learnt.vocab_size == 400 and learnt.fim_ids is not None
+    for text in [*TEXTS, "", "\x00\x7f\U0010ffff 🎉", "a" * 500]:
+        assert learnt.decode(learnt.encode(text)) == text
+    assert len(learnt.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 3
+    (prepared,) = prepare.prepare(data(), progress=False)
+    assert prepared.manifest["vocab_size"] == 400
+
+
+def test_the_same_text_gives_the_same_file(data, tmp_path):
+    digests = set()
+    for name in ("one.json", "two.json"):
+        path = tmp_path / name
+        vocabulary.learn(data(tokenizer=str(path)), 500, progress=False)
+        digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_documents_held_out_are_not_read(data, tmp_path):
+    """What is learnt is what would be learnt if they did not exist."""
+    kept = [text for text in TEXTS if packing.draws(text.encode())[0] >= 0.2]
+    assert 0 < len(kept) < len(TEXTS)
+    told = vocabulary.learn(data(), 500, progress=False)
+    assert f"from {len(kept)} documents of {sum(len(text.encode()) for text in kept):,} bytes" in told
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+    alone = data(sources=(f"text_files:{tmp_path}/kept.jsonl",), tokenizer=f"{tmp_path}/alone.json")
+    vocabulary.learn(alone, 500, progress=False)
+    assert Path(alone.tokenizer).read_bytes() == Path(data().tokenizer).read_bytes()
+
+
+def test_a_text_with_few_pairs_gives_fewer_tokens_and_says_so(data):
+    assert ": 4,096 tokens, " not in (told := vocabulary.learn(data(), 4096, progress=False))
+    size = tokenizer.load(data().tokenizer).vocab_size
+    assert f": {size:,} tokens, no more pairs to merge for 4,096, from " in told and 260 < size < 4096
+
+
+@pytest.mark.parametrize(
+    ("changed", "vocab_size", "told"),
+    [
+        ({"tokenizer": "bytes"}, 400, "data.tokenizer is 'bytes', but must say where the new tokenizer goes"),
+        ({"tokenizer": "tiktoken.model"}, 400, "must say where the new tokenizer goes"),
+        ({"sources": ("chat:nowhere.jsonl",)}, 400, "learnt from texts, not from conversations"),
+        ({"sources": ("text_files:nowhere",)}, 400, "nowhere"),
+        ({"validation_fraction": 0.999999}, 400, "no text to learn from"),
+        ({}, 259, "model.vocab_size is 259, but 260 tokens are bytes and special ones"),
+    ],
+)
+def test_what_cannot_be_learnt_is_told_and_nothing_is_written(data, changed, vocab_size, told):
+    with pytest.raises(ConfigError, match=told):
+        vocabulary.learn(data(**changed), vocab_size, progress=False)
+    assert not Path(data().tokenizer).exists()
+
+
+def test_a_tokenizer_that_is_there_is_not_written_over(data):
+    vocabulary.learn(data(), 400, progress=False)
+    before = Path(data().tokenizer).read_bytes()
+    with pytest.raises(ConfigError, match="exists; delete it, or name another file"):
+        vocabulary.learn(data(), 500, progress=False)
+    assert Path(data().tokenizer).read_bytes() == before
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(data, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match="cannot be written .No space left on device."):
+        vocabulary.learn(data(), 400, progress=False)
+    assert os.listdir(Path(data().tokenizer).parent) == []
+
+
+def test_an_interrupt_ends_it_and_leaves_nothing(data, monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vocabulary, "draws", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vocabulary.learn(data(), 400, progress=False)
+    assert not Path(data().tokenizer).exists()
+
+
+def test_the_command_takes_both_from_the_config(repository, data, tmp_path, capsys):
+    out = tmp_path / "from_config.json"
+    code = main(
+        [
+            "tokenizer",
+            f"--config={repository / 'configs' / 'tiny.py'}",
+            f"--config.data.sources={data().sources[0]}",
+            f"--config.data.tokenizer={out}",
+            "--config.model.vocab_size=300",
+        ]
+    )
+    assert code == 0 and capsys.readouterr().out.startswith(f"{out}: 300 tokens, from ")
+    assert tokenizer.load(str(out)).vocab_size == 300
