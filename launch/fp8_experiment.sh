@@ -3,7 +3,7 @@
 #
 #   ./launch/fp8_experiment.sh [PRECISION ...]
 #
-# Without arguments: fp8_deepseek, fp8_tensorwise and fp8_gradient_blocks, each some 20 minutes on two idle cores, and
+# Without arguments: fp8_deepseek, fp8_tensorwise and fp8_gradient_blocks, each some 30 minutes on two idle cores, and
 # BF16 first. The runs lie in runs/fp8; interrupted, it goes on where it was. docs/fp8.md tells what came out once.
 set -euo pipefail
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
@@ -11,11 +11,12 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
     exit
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. launch/install.sh plots
+. launch/install.sh plots,tokenizer
 
 if [ $# -eq 0 ]; then
     set -- fp8_deepseek fp8_tensorwise fp8_gradient_blocks
 fi
+[ -e runs/fp8/tokenizer.json ] || dsjax tokenizer --config configs/fp8_experiment.py
 for precision in bf16 "$@"; do
     dsjax train --config "configs/fp8_experiment.py:$precision" --workdir "runs/fp8/$precision"
 done

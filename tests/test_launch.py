@@ -55,7 +55,7 @@ def sandbox(repository, tmp_path):
     for name in ("python", "pip"):
         (programs / name).symlink_to(shutil.which("python3"))
     stamp = (root / "setup.cfg").read_text() + (root / "pyproject.toml").read_text()
-    for extra in ("plots", "tpu,tokenizer,plots"):
+    for extra in ("plots", "plots,tokenizer", "tpu,tokenizer,plots"):
         (root / ".venv" / f"installed-{extra}").write_text(stamp)
     return root
 
@@ -220,7 +220,8 @@ def test_quickstart_trains_and_tells_what_came_out(sandbox):
 def test_fp8_experiment_trains_bf16_first_and_compares_each_with_it(sandbox):
     ran = run(sandbox, "launch/fp8_experiment.sh", "mxfp8", "fp8_deepseek")
     assert ran.returncode == 0, ran.stderr
-    *trained, report = calls(sandbox)
+    learnt, *trained, report = calls(sandbox)
+    assert learnt == "tokenizer --config configs/fp8_experiment.py"
     names = ["bf16", "mxfp8", "fp8_deepseek"]
     assert trained == [f"train --config configs/fp8_experiment.py:{name} --workdir runs/fp8/{name}" for name in names]
     assert report == "report runs/fp8/mxfp8 runs/fp8/fp8_deepseek --against runs/fp8/bf16 --out runs/fp8/report"
