@@ -31,7 +31,7 @@ def data(tmp_path):
 
 def test_what_is_learnt_loads_packs_and_gives_every_text_back(data):
     told = vocabulary.learn(data(), 400, progress=False)
-    assert told.startswith(f"{data().tokenizer}: 400 tokens, from ")
+    assert told.startswith(f"{data().tokenizer}: 400 tokens, documents: ")
     learnt = tokenizer.load(data().tokenizer)
     assert learnt.vocab_size == 400 and learnt.fim_ids is not None
     for text in [*TEXTS, "", "\x00\x7f\U0010ffff 🎉", "a" * 500]:
@@ -55,7 +55,7 @@ def test_documents_held_out_are_not_read(data, tmp_path):
     kept = [text for text in TEXTS if packing.draws(text.encode())[0] >= 0.2]
     assert 0 < len(kept) < len(TEXTS)
     told = vocabulary.learn(data(), 500, progress=False)
-    assert f"from {len(kept)} documents of {sum(len(text.encode()) for text in kept):,} bytes" in told
+    assert f"documents: {len(kept)}, bytes: {sum(len(text.encode()) for text in kept):,}" in told
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
     alone = data(sources=(f"text_files:{tmp_path}/kept.jsonl",), tokenizer=f"{tmp_path}/alone.json")
     vocabulary.learn(alone, 500, progress=False)
@@ -65,7 +65,18 @@ def test_documents_held_out_are_not_read(data, tmp_path):
 def test_a_text_with_few_pairs_gives_fewer_tokens_and_says_so(data):
     assert ": 4,096 tokens, " not in (told := vocabulary.learn(data(), 4096, progress=False))
     size = tokenizer.load(data().tokenizer).vocab_size
-    assert f": {size:,} tokens, no more pairs to merge for 4,096, from " in told and 260 < size < 4096
+    assert f": {size:,} tokens and no more pairs to merge for 4,096, documents: " in told and 260 < size < 4096
+
+
+def test_what_cannot_be_read_is_skipped_and_told(data, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    (tmp_path / "good.txt").write_text("good text " * 100)
+    both = data(sources=(f"text_files:{tmp_path}/*.txt",), validation_fraction=0.0)
+    told = vocabulary.learn(both, 400, progress=False)
+    assert "documents: 1, bytes: 1,000\n" in told and told.endswith(f"  skipped 1 not UTF-8: {tmp_path}/bad.txt")
+    alone = data(sources=(f"text_files:{tmp_path}/bad.txt",), tokenizer=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match="no text to learn from, skipped 1 not UTF-8: .*bad.txt; look at"):
+        vocabulary.learn(alone, 400, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +87,8 @@ def test_a_text_with_few_pairs_gives_fewer_tokens_and_says_so(data):
         ({"sources": ("chat:nowhere.jsonl",)}, 400, "learnt from texts, not from conversations"),
         ({"sources": ("text_files:nowhere",)}, 400, "nowhere"),
         ({"validation_fraction": 0.999999}, 400, "no text to learn from"),
-        ({}, 259, "model.vocab_size is 259, but 260 tokens are bytes and special ones"),
+        ({}, 259, "model.vocab_size is 259, but a tokenizer has 260 .bytes and special tokens. to 1,048,576 tokens"),
+        ({}, 10**9, "model.vocab_size is 1000000000, but a tokenizer has"),
     ],
 )
 def test_what_cannot_be_learnt_is_told_and_nothing_is_written(data, changed, vocab_size, told):
@@ -91,6 +103,11 @@ def test_a_tokenizer_that_is_there_is_not_written_over(data):
     with pytest.raises(ConfigError, match="exists; delete it, or name another file"):
         vocabulary.learn(data(), 500, progress=False)
     assert Path(data().tokenizer).read_bytes() == before
+
+
+def test_a_file_where_a_folder_should_be_is_told(data, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be written .File exists."):
+        vocabulary.learn(data(tokenizer=f"{tmp_path}/texts.jsonl/new.json"), 400, progress=False)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(data, monkeypatch):
@@ -124,5 +141,5 @@ def test_the_command_takes_both_from_the_config(repository, data, tmp_path, caps
             "--config.model.vocab_size=300",
         ]
     )
-    assert code == 0 and capsys.readouterr().out.startswith(f"{out}: 300 tokens, from ")
+    assert code == 0 and capsys.readouterr().out.startswith(f"{out}: 300 tokens, documents: ")
     assert tokenizer.load(str(out)).vocab_size == 300

@@ -28,7 +28,7 @@ from dsjax.data.chat import Template, find_template
 from dsjax.data.packing import Packed, Stream, pack
 from dsjax.data.progress import shown
 from dsjax.data.samples import pack_samples
-from dsjax.data.sources import Skipped, Source
+from dsjax.data.sources import Skipped, Source, told
 from dsjax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the manifest and the rows; a change makes older directories unused
@@ -166,7 +166,7 @@ def summary(prepared: Prepared) -> str:
     lines = [f"{manifest['source']}: {'; '.join(parts)}", f"  in {prepared.directory}"]
     if manifest["validation_is_tail"]:
         lines.append("  too few documents to hold out whole ones: validation is the end of the token stream")
-    lines += [f"  skipped {line}" for line in _told(manifest["skipped"])]
+    lines += [f"  skipped {line}" for line in told(manifest["skipped"])]
     return "\n".join(lines)
 
 
@@ -177,14 +177,6 @@ def _inside(counts: dict[str, int]) -> str:
         return documents
     full = 1 - counts["padding"] / (counts["tokens"] - 1)
     return f"{documents}, {counts['samples']:,} samples, {counts['answers']:,} tokens of answers, {full:.1%} full"
-
-
-def _told(skipped: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each reason, with the first few names."""
-    return [
-        f"{item['count']:,} {reason}: {', '.join(item['first'][:3])}{', ...' * (item['count'] > 3)}"
-        for reason, item in skipped.items()
-    ]
 
 
 def _prepare_source(
@@ -225,7 +217,7 @@ def _prepare_source(
             "vocab_size": tokens.vocab_size,
             "validation_is_tail": packed.validation_is_tail,
             "splits": {name: stream.counts(data.sequence_length) for name, stream in splits.items()},
-            "skipped": _as_json(skipped),
+            "skipped": skipped.as_json(),
             "files": {path.name: path.stat().st_size for path in sorted(Path(builder.data_path).iterdir())},
         }
         Path(builder.data_path, MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -286,7 +278,7 @@ def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataC
     if not packed.train.documents + packed.validation.documents:
         where = "data.sequence_length for long answers" if data.is_chat else "data.text_key for records"
         raise ConfigError(
-            f"{source.title} has no document to train on, skipped {'; '.join(_told(_as_json(skipped)))}; "
+            f"{source.title} has no document to train on, skipped {'; '.join(told(skipped.as_json()))}; "
             f"look at the files, and at --config.{where}"
         )
     if not packed.train.rows(data.sequence_length):
@@ -296,10 +288,6 @@ def _usable_splits(packed: Packed, source: Source, skipped: Skipped, data: DataC
         )
     both = {"train": packed.train, "validation": packed.validation}
     return {name: stream for name, stream in both.items() if stream.rows(data.sequence_length)}
-
-
-def _as_json(skipped: Skipped) -> dict[str, dict[str, Any]]:
-    return {reason: {"count": count, "first": skipped.named[reason]} for reason, count in skipped.reasons.most_common()}
 
 
 def _digest(options: dict[str, Any], content: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import tensorflow_datasets as tfds
 
@@ -51,6 +51,18 @@ class Skipped:
         self.reasons[reason] += 1
         if self.reasons[reason] <= NAMED_SKIPS:
             self.named.setdefault(reason, []).append(name)
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """As in a manifest: for each reason, the most frequent first, `count` and the names of the `first`."""
+        return {reason: {"count": count, "first": self.named[reason]} for reason, count in self.reasons.most_common()}
+
+
+def told(skipped: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each reason of `Skipped.as_json`, with the first few names."""
+    return [
+        f"{item['count']:,} {reason}: {', '.join(item['first'][:3])}{', ...' * (item['count'] > 3)}"
+        for reason, item in skipped.items()
+    ]
 
 
 # (path, its size, its name, skipped) to its documents; `done` counts the bytes of the file itself, packed or not.

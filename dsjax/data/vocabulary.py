@@ -1,8 +1,10 @@
 """Learning a tokenizer: byte-level BPE over the documents that a config trains on, by the `tokenizers` library."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsjax.config import ConfigError, DataConfig
@@ -10,10 +12,12 @@ from dsjax.data import sources
 from dsjax.data.packing import draws
 from dsjax.data.prepare import check
 from dsjax.data.progress import shown
+from dsjax.data.sources import Skipped, told
 from dsjax.data.tokenizer import EOS_NAMES, FIM_NAMES, NAMES, import_tokenizers
 
 SPECIAL = (EOS_NAMES[0], *FIM_NAMES[0])  # DeepSeek's names
 SMALLEST = 256 + len(SPECIAL)  # a token for each byte
+LARGEST = 1 << 20  # the library takes memory for all of them at once, and ends the process where there is none
 
 
 def learn(data: DataConfig, vocab_size: int, progress: bool = True) -> str:
@@ -31,10 +35,10 @@ def learn(data: DataConfig, vocab_size: int, progress: bool = True) -> str:
     path = _place(data)
     if data.is_chat:
         raise ConfigError("a tokenizer is learnt from texts, not from conversations; set --config.data.sources")
-    if vocab_size < SMALLEST:
+    if not SMALLEST <= vocab_size <= LARGEST:
         raise ConfigError(
-            f"model.vocab_size is {vocab_size}, but {SMALLEST} tokens are bytes and special ones; set "
-            f"--config.model.vocab_size=4096 for one"
+            f"model.vocab_size is {vocab_size}, but a tokenizer has {SMALLEST} (bytes and special tokens) to "
+            f"{LARGEST:,} tokens; set --config.model.vocab_size=4096 for one"
         )
     library = import_tokenizers()
     learnt = library.Tokenizer(library.models.BPE())
@@ -46,15 +50,29 @@ def learn(data: DataConfig, vocab_size: int, progress: bool = True) -> str:
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress and sys.stderr.isatty(),
     )
-    counts = {"documents": 0, "bytes": 0}
+    read = _Read()
     found = [sources.find(name, data.text_key) for name in data.sources]
-    learnt.train_from_iterator(_texts(found, data, counts, progress), trainer)
-    if not counts["documents"]:
-        raise ConfigError(f"{', '.join(data.sources)}: no text to learn from; look at the files and at data.text_key")
+    learnt.train_from_iterator(_texts(found, data, read, progress), trainer)
+    lines = [f"skipped {line}" for line in told(read.skipped.as_json())]
+    if not read.documents:
+        raise ConfigError(
+            f"{', '.join(data.sources)}: no text to learn from{''.join(f', {line}' for line in lines)}; look at the "
+            "files, and at --config.data.text_key for records"
+        )
     _write(learnt, path)
     size = learnt.get_vocab_size()
-    fewer = f", no more pairs to merge for {vocab_size:,}" if size < vocab_size else ""
-    return f"{path}: {size:,} tokens{fewer}, from {counts['documents']:,} documents of {counts['bytes']:,} bytes"
+    fewer = f" and no more pairs to merge for {vocab_size:,}" if size < vocab_size else ""
+    summary = f"{path}: {size:,} tokens{fewer}, documents: {read.documents:,}, bytes: {read.bytes:,}"
+    return "\n  ".join([summary, *lines])
+
+
+@dataclass
+class _Read:
+    """What was learnt from, and what was not."""
+
+    documents: int = 0
+    bytes: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def _place(data: DataConfig) -> Path:
@@ -70,15 +88,15 @@ def _place(data: DataConfig) -> Path:
     return path
 
 
-def _texts(found: list[sources.Source], data: DataConfig, counts: dict[str, int], progress: bool) -> Iterator[str]:
+def _texts(found: list[sources.Source], data: DataConfig, read: _Read, progress: bool) -> Iterator[str]:
     """The texts to learn from, counted."""
     for source in found:
-        documents = source.read(sources.Skipped())
+        documents = source.read(read.skipped)
         for document in shown(documents, lambda one: one.done, source.size, source.unit, source.title, progress):
             utf8 = document.text.encode()
             if draws(utf8)[0] >= data.validation_fraction:
-                counts["documents"] += 1
-                counts["bytes"] += len(utf8)
+                read.documents += 1
+                read.bytes += len(utf8)
                 yield document.text
 
 
@@ -94,4 +112,5 @@ def _write(learnt, path: Path) -> None:
             f"{path} cannot be written ({error.strerror}); name another file by --config.data.tokenizer"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
