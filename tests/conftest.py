@@ -38,6 +38,15 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
+def pytest_configure(config):
+    """Before JAX computes anything: most of a fast run would go into LLVM's optimisations.
+
+    XLA's own passes are the same. The slow run, and with it CI, compiles what users run.
+    """
+    if not config.getoption("--slow"):
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
