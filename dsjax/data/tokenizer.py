@@ -109,7 +109,7 @@ class JsonTokenizer:
         except OSError as error:
             raise ConfigError(
                 f"the tokenizer {str(path)!r} cannot be read ({error.strerror}); --config.data.tokenizer takes "
-                "'bytes', 'deepseek' or the path of a tokenizer.json"
+                "'bytes', 'deepseek' or the path of a tokenizer.json; `dsjax tokenizer` learns one"
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
