@@ -10,6 +10,8 @@ import pytest
 from dsjax.__main__ import main
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import packing, prepare, tokenizer, vocabulary
+from dsjax.training.resume import keep_tokenizer
+from dsjax.training.workdir import find_tokenizer
 
 TEXTS = [f"document {i}: def function_{i % 7}(argument): return argument + {i}  # wörld 你好\n" * 3 for i in range(300)]
 
@@ -128,6 +130,17 @@ def test_an_interrupt_ends_it_and_leaves_nothing(data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vocabulary.learn(data(), 400, progress=False)
     assert not Path(data().tokenizer).exists()
+
+
+def test_a_run_keeps_it_whatever_its_name(data, tmp_path):
+    name = str(tmp_path / "mine.json")
+    vocabulary.learn(data(tokenizer=name), 400, progress=False)
+    learnt = tokenizer.load(name)
+    keep_tokenizer(tmp_path, name)
+    assert find_tokenizer(tmp_path, name) == name
+    Path(name).unlink()
+    assert tokenizer.load(find_tokenizer(tmp_path, name)).fingerprint == learnt.fingerprint
+    assert find_tokenizer(tmp_path, "bytes") == "bytes"
 
 
 def test_the_command_takes_both_from_the_config(repository, data, tmp_path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config import Config, ConfigError, from_dict, to_dict
+from dsjax.data import tokenizer
 
 CONFIG = "config.json"  # the config as used
 METRICS = "metrics.jsonl"  # one object a step
@@ -48,8 +49,9 @@ def has_checkpoint(workdir: Path) -> bool:
 
 def find_tokenizer(workdir: Path, name: str) -> str:
     """The tokenizer of a run, called `name` in its config: the run's own copy where it was a file that is gone."""
-    own = workdir / TOKENIZER / Path(name).name
-    return str(own) if own.is_file() and not Path(name).expanduser().is_file() else name
+    own = tokenizer.beside(workdir / TOKENIZER)
+    is_gone = name not in tokenizer.NAMES and not Path(name).expanduser().is_file()
+    return str(own) if own is not None and is_gone else name
 
 
 def write_config(workdir: Path, config: Config) -> None:
