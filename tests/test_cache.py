@@ -189,7 +189,7 @@ def test_few_tokens_have_the_same_experts_outputs(tokens, experts, ranks, name):
     assignments = x, experts_MK, weights_MK, weights
     expected, told = jax.jit(lambda *a: own_experts(*a, buffer, rank, how))(*assignments)
     ours, tally = jax.jit(lambda *a: few_tokens(*a, rank * own, how))(*assignments)
-    np.testing.assert_allclose(ours, expected, atol=(1e-5 if name == "fp32" else 0.05) * np.abs(expected).max())
+    np.testing.assert_allclose(ours, expected, atol=(3e-6 if name == "fp32" else 0.05) * np.abs(expected).max())
     assert tally.computed == told.computed
 
 
