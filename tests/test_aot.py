@@ -223,6 +223,7 @@ def test_the_step_is_taken_apart(form, kind):
     assert step.flops > 16 / 8 * config.data.sequence_length * counts.flops_per_token(config.model, 1)
 
 
+@pytest.mark.slow
 def test_rounds_in_one_loop_count_as_one_round_apart_from_it(monkeypatch):
     dispatch = DispatchConfig(form="all_to_all", ranks_per_node=2, capacity_factor=1.0)
     config = small.config(small.ONE_LAYER, data=1, fsdp=2, expert=4, dispatch=dispatch, remat="full")

@@ -14,7 +14,7 @@ from dsjax.data import marks
 from dsjax.model.losses import pack_bits
 from dsjax.posttraining.grpo import Experience, advantages, grpo_loss, objective
 from dsjax.training.objective import read_targets
-from dsjax.training.state import build_network, init_state
+from dsjax.training.state import build_network
 from dsjax.training.step import make_train_step
 
 # (prompt, completion) lengths of the samples in each row, the rest of the row is padding
@@ -120,6 +120,7 @@ def test_loss_of_the_network_has_the_gradients_of_the_statement(kept):
     e, places = experience(kept=kept)
     read = read_targets(jnp.asarray(e.rows_BT), True)
 
+    @jax.jit
     def log_probs(params):
         model = net.bind(params, bias)
         logits = model.logits(model(read.inputs_BT, None, read.first_BT).hidden_BTD)
@@ -163,7 +164,7 @@ def test_a_step_without_any_preference_changes_no_weight():
     e, _ = experience()
     e = Experience(*(a if a is None else np.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1))[None] for a in e))
     e = e._replace(advantages_BT=np.zeros_like(e.advantages_BT))
-    state = init_state(config, mesh)
+    state = small.state(config, mesh)
     before = jax.device_get((state.params, state.router_bias))
     values = {"learning_rate": np.float32(1), "bias_update_speed": np.float32(0), "mtp_loss_weight": np.float32(0)}
     after, metrics = make_train_step(grpo_loss(net, config), config, mesh)(state, e, np.int32(1), values)

@@ -14,7 +14,7 @@ from dsjax.data import marks
 from dsjax.model.causal import causal_attention, splash_attention
 from dsjax.model.losses import cross_entropy, pack_bits, token_log_probs, unpack_bits
 from dsjax.training.objective import language_model_loss, read_targets
-from dsjax.training.state import build_network, init_state
+from dsjax.training.state import build_network
 from dsjax.training.step import pretrain_step
 
 LENGTHS = (5, 1, 7, 4)  # of samples that share a row, a single token among them
@@ -49,6 +49,7 @@ def test_attention_within_samples_equals_each_alone(length):
     starts = [np.array([0, 3, length // 2]), np.array([0, 1, length - 1])]
     first = np.stack([start[np.searchsorted(start, np.arange(length), side="right") - 1] for start in starts])
 
+    @jax.jit
     def run(q, k, v, dout, first=None):
         out, pull = jax.vjp(lambda *qkv: causal_attention(*qkv, 0.7, False, first), q, k, v)
         return out, *pull(dout)
@@ -79,10 +80,11 @@ def test_network_gives_each_sample_what_it_gives_it_alone():
     params, bias = small.weights_like(net.shapes), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), net.bias_shapes)
     row = marked(np.random.default_rng(0))[None]
     read = read_targets(row, True)
-    together = net.bind(params, bias)(read.inputs_BT, None, read.first_BT).hidden_BTD
+    run = jax.jit(lambda inputs, first=None: net.bind(params, bias)(inputs, None, first).hidden_BTD)
+    together = run(read.inputs_BT, read.first_BT)
     starts = np.cumsum((0, *LENGTHS))
     for begin, end in zip(starts[:-1], starts[1:], strict=True):
-        alone = net.bind(params, bias)(marks.token_of(row[:, begin:end])).hidden_BTD
+        alone = run(marks.token_of(row[:, begin:end]))
         assert_trees_close(together[:, begin:end], alone, 1e-5)
 
 
@@ -93,12 +95,15 @@ def test_loss_is_the_mean_over_answers_and_mtp_stays_within_a_sample():
     params, bias = small.weights_like(net.shapes), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), net.bias_shapes)
     rng = np.random.default_rng(1)
     rows = np.stack([marked(rng), marked(rng, (10, 7), (1, 2))])
-    _, metrics = language_model_loss(net, config)(params, bias, rows, {"mtp_loss_weight": 0.3})
-    read = read_targets(rows, True)
-    model = net.bind(params, bias)
-    out = model(read.inputs_BT, read.labels_BT, read.first_BT)
-    log_p = jax.nn.log_softmax(model.logits(out.hidden_BTD))
-    mtp_log_p = jax.nn.log_softmax(model.logits(out.mtp_hidden_BTD))
+    _, metrics = jax.jit(language_model_loss(net, config))(params, bias, rows, {"mtp_loss_weight": 0.3})
+
+    @jax.jit
+    def log_probs(read):
+        model = net.bind(params, bias)
+        out = model(read.inputs_BT, read.labels_BT, read.first_BT)
+        return [jax.nn.log_softmax(model.logits(hidden)) for hidden in (out.hidden_BTD, out.mtp_hidden_BTD)]
+
+    log_p, mtp_log_p = map(np.asarray, log_probs(read_targets(rows, True)))
     tokens, losses, mtp_losses = marks.token_of(rows), [], []
     for b in range(2):
         sample = np.cumsum(marks.begins(rows[b]))
@@ -114,7 +119,7 @@ def test_loss_is_the_mean_over_answers_and_mtp_stays_within_a_sample():
 
 def test_microbatches_count_by_their_answers():
     """The step over unequal microbatches is that of all rows at once."""
-    model = dataclasses.replace(small.MODEL, aux_loss_alpha=0.0, num_nextn_predict_layers=0)
+    model = dataclasses.replace(small.ONE_LAYER, aux_loss_alpha=0.0)
     rng, mesh = np.random.default_rng(2), small.mesh()
     rows = np.stack([marked(rng, (3, 14), (1, 13)) if i < 2 else marked(rng, (8, 9), (0, 1)) for i in range(4)])
     values = {"learning_rate": np.float32(1e-2), "bias_update_speed": np.float32(0), "mtp_loss_weight": np.float32(0)}
@@ -123,7 +128,8 @@ def test_microbatches_count_by_their_answers():
         config = small.config(model, batch_size=4, microbatch_size=microbatch)
         config = dataclasses.replace(config, data=DataConfig(sources=("chat:x",), sequence_length=ROW))
         batch = rows.reshape(-1, microbatch, ROW + 1)
-        state, metrics = pretrain_step(config, mesh)(init_state(config, mesh), batch, np.int32(4 // microbatch), values)
+        state = small.state(config, mesh)
+        state, metrics = pretrain_step(config, mesh)(state, batch, np.int32(4 // microbatch), values)
         assert metrics["weight"] == 2 * 14 + 2
         return {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "params": state.params}
 
