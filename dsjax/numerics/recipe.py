@@ -42,9 +42,8 @@ class Recipe:
     cached: Scaling | None = None  # the input of a Linear as kept for Wgrad, which tiles it anew; None: as it came
     accumulation: str = "fp32"  # "fp22", "fp22_promote128": the tensor core's narrow accumulator, emulated
     native: str | None = None  # the kernels that multiply; None: emulated by wider products
-    mesh: Mesh | None = (
-        None  # for what the partitioner cannot know: what multiplies, and weights to be gathered as bytes
-    )
+    # For what the partitioner cannot know: what multiplies, and weights to be gathered as bytes.
+    mesh: Mesh | None = None
     measures: bool = False  # weights get statistics of the operands for gradients; see `linear.CLASSES`
 
     @property
