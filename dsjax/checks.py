@@ -217,12 +217,17 @@ def _mesh(config: "Config") -> Iterator[str]:
             " expert ranks"
         )
     if config.dispatch.form == "local" and mesh.expert > 1:
-        yield (
-            f'dispatch.form "local" moves no tokens, but mesh.expert = {mesh.expert} spreads the experts; '
-            'use "all_gather" or "auto"'
-        )
+        yield not_local(mesh.expert)
     if config.evaluation.sequences % _known_devices(mesh):
         yield uneven("evaluation.sequences", config.evaluation.sequences, _known_devices(mesh), f"{_axes(mesh)} = ")
+
+
+def not_local(ranks: int) -> str:
+    """The sentence for experts that are spread over `ranks` where tokens stay at home."""
+    return (
+        f'dispatch.form "local" moves no tokens, but mesh.expert = {ranks} spreads the experts; '
+        'use "all_gather" or "auto"'
+    )
 
 
 def uneven(name: str, sequences: int, devices: int, axes: str = "") -> str:

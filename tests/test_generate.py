@@ -83,10 +83,11 @@ def test_number_of_new_tokens_is_a_limit_and_a_prefix(model):
     assert continued(model, new=64)[:NEW] == continued(model)  # in a larger buffer
 
 
-def save_run(directory: Path, mesh: MeshConfig) -> Path:
+def save_run(directory: Path, mesh: MeshConfig, form: str = "auto") -> Path:
     """A run directory that holds one checkpoint of a small model of bytes, at most 48 positions."""
     config = small.config(dataclasses.replace(small.MODEL, vocab_size=264, max_position_embeddings=48))
     config = dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, sequence_length=16))
+    config = dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, form=form))
     params, bias = jax.device_put(weights(config))
     saver = checkpoint.Saver(directory / "checkpoints", keep_last=1)
     meta = {"step": 7, "sequences": 56, "config": to_dict(config), "data_fingerprint": "none"}
@@ -102,6 +103,12 @@ def run(tmp_path_factory) -> Path:
 def test_a_run_that_left_its_mesh_open_generates_the_same(run, tmp_path):
     open_mesh = save_run(tmp_path, MeshConfig(-1, -1, -1))
     assert generate(str(open_mesh), "abc", 12, 0.0, 0) == generate(str(run), "abc", 12, 0.0, 0)
+
+
+def test_experts_stay_together_where_tokens_stay_at_home(tmp_path):
+    directory = save_run(tmp_path, MeshConfig(1, -1, 1), form="local")
+    ready = loading.read_weights(directory, 7, loading.read_config(directory, 7))
+    assert ready.mesh.shape["expert"] == 1 and ready.mesh.shape["fsdp"] == 8
 
 
 def test_examples_in_docstrings_do_what_they_say(run, model, tmp_path, monkeypatch):

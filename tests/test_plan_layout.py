@@ -141,6 +141,13 @@ def test_an_open_expert_axis_is_the_size_that_moves_least():
     assert resolve(chosen, 8) == chosen and explain(chosen, chosen) == ""
 
 
+def test_experts_are_not_spread_where_tokens_stay_at_home():
+    config = small.config(expert=-1, data=-1, dispatch=DispatchConfig(form="local"))
+    assert resolve(config, 8).mesh == MeshConfig(8, 1, 1)
+    with pytest.raises(ConfigError, match='"local" moves no tokens, but mesh.expert = 2 spreads the experts'):
+        dispatch_form(config.model, config.dispatch, 2)
+
+
 def test_open_axes_divide_what_they_must(repository):
     v3 = load(str(repository / "configs" / "deepseek_v3.py"))
     # kv_lora_rank = q_lora_rank / 3 = 512: fsdp x expert ends there, and data takes the rest.

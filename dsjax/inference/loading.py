@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsjax import hub
-from dsjax.config import Config, ConfigError, MeshConfig, ModelConfig, from_dict
+from dsjax.config import Config, ConfigError, MeshConfig, from_dict
 from dsjax.data import tokenizer as tokenizers
 from dsjax.hub.architecture import is_published
 from dsjax.hub.directory import read_architecture
@@ -110,7 +110,7 @@ def _with_tokenizer(config: Config, name: str) -> Config:
 
 def _load_run(run: Path, step: int, config: Config) -> Ready:
     """What was verified when `step` was chosen."""
-    mesh = _mesh_for(_spread(config.model) if -1 in (config.mesh.fsdp, config.mesh.expert) else config.mesh)
+    mesh = _mesh_for(_spread(config) if -1 in (config.mesh.fsdp, config.mesh.expert) else config.mesh)
     state = abstract_state(config, mesh)
     wanted = {"params": state.params, "router_bias": state.router_bias}
     loaded = checkpoint.restore(run / CHECKPOINTS, step, wanted, part=True, verify=False)
@@ -119,16 +119,16 @@ def _load_run(run: Path, step: int, config: Config) -> Ready:
 
 def _load_published(directory: Path, config: Config) -> Ready:
     """Weights as stored, over all devices."""
-    mesh = _mesh_for(_spread(config.model))
+    mesh = _mesh_for(_spread(config))
     loaded = hub.load(directory, mesh, config=config.model)
     return Ready(config, mesh, loaded.params, loaded.router_bias)
 
 
-def _spread(model: ModelConfig) -> MeshConfig:
-    """All devices: experts first, then fsdp, as far as the sizes divide."""
-    count = len(jax.devices())
+def _spread(config: Config) -> MeshConfig:
+    """All devices: experts first, where tokens may travel to them, then fsdp, as far as the sizes divide."""
+    model, count = config.model, len(jax.devices())
     cut = math.gcd(model.hidden_size, model.kv_lora_rank, model.q_lora_rank or 0)
-    expert = math.gcd(model.n_routed_experts, count, cut)
+    expert = 1 if config.dispatch.form == "local" else math.gcd(model.n_routed_experts, count, cut)
     return MeshConfig(1, math.gcd(cut // expert, count // expert), expert)
 
 

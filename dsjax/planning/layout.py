@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from dsjax.checks import uneven
+from dsjax.checks import not_local, uneven
 from dsjax.config import Config, DispatchConfig, MeshConfig, ModelConfig
 from dsjax.planning.collectives import flows
 from dsjax.planning.placement import AXES
@@ -75,7 +75,11 @@ def dispatch_form(model: ModelConfig, dispatch: DispatchConfig, ranks: int) -> s
 
     One rank is "local". all_to_all never sends more than all_gather, and is taken where it sends a tenth less; over
     nodes (`dispatch.ranks_per_node`), less between them.
+
+    Raises ConfigError for "local" over several ranks: tokens for another rank's experts would be lost.
     """
+    if dispatch.form == "local" and ranks > 1:
+        raise ConfigError(not_local(ranks))
     if dispatch.form != "auto":
         return dispatch.form
     if ranks == 1:
@@ -160,6 +164,8 @@ def _fill_open(config: Config, devices: int) -> dict[str, int]:
 def _expert_sizes(config: Config, devices: int) -> list[int]:
     if config.mesh.expert != -1:
         return [config.mesh.expert]
+    if config.dispatch.form == "local":
+        return [1]
     most = math.gcd(config.model.n_routed_experts, devices) if has_experts(config.model) else 1
     node = config.dispatch.ranks_per_node
     return [e for e in divisors(most) if node is None or e <= node or e % node == 0]
