@@ -11,13 +11,14 @@ from tiny_runs import change, start, wait_for
 
 from dsjax.config import Config, ConfigError, DataConfig, GRPOConfig, TaskConfig
 from dsjax.inference.loading import load
+from dsjax.planning import counts
 from dsjax.posttraining import loop
 from dsjax.posttraining.collection import collect
 from dsjax.posttraining.evaluation import answer_of, vote
 from dsjax.posttraining.loop import reinforce
 from dsjax.training import checkpoint
 from dsjax.training.monitor import read_rows
-from dsjax.training.workdir import CHECKPOINTS, METRICS
+from dsjax.training.workdir import CHECKPOINTS, EXPERT_LOAD, METRICS
 
 MODEL = dataclasses.replace(small.MODEL, vocab_size=264)
 # What must come back to the last bit; the rest are times.
@@ -34,7 +35,7 @@ def config(tmp_path_factory) -> Config:
     """Four steps in two rollouts, on 2 x 4 devices; rewards that differ whatever an untrained model says."""
     reward = tmp_path_factory.mktemp("rewards") / "rewards.py"
     reward.write_text(HALF)
-    config = small.config(MODEL, data=2, expert=4, total_steps=4, batch_size=16, microbatch_size=8, bias_update_speed=0)
+    config = small.config(MODEL, data=2, expert=4, total_steps=4, batch_size=16, microbatch_size=8)
     return dataclasses.replace(
         config,
         data=DataConfig(sequence_length=64),
@@ -102,6 +103,19 @@ def test_run_tells_what_it_did(straight, capsys):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 1e-5
     assert rows[2]["kl"] == pytest.approx(0, abs=1e-6) and rows[3]["kl"] > 1e-5
     assert checkpoint.steps(workdir / CHECKPOINTS) == [2, 4]
+
+
+def test_routing_biases_and_mtp_take_no_part(config, straight):
+    workdir, _ = straight
+    state = loop.load_policy(config, small.mesh(2, 1, 4), workdir, loop.Position(4, 0))
+    assert config.training.bias_update_speed > 0
+    assert not any(np.any(bias) for bias in jax.tree.leaves(state.router_bias))
+    # Nor do FLOPs count MTP.
+    row = read_rows(workdir / METRICS)[-1]
+    flops = counts.flops_per_token(config.model, config.data.sequence_length, mtp=False)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 1e12)
+    load_LE = read_rows(workdir / EXPERT_LOAD)[0]["load"]
+    assert len(load_LE) == config.model.num_moe_layers
 
 
 def test_interrupted_between_rollouts_it_goes_on_bit_for_bit(config, straight, tmp_path):

@@ -168,10 +168,12 @@ def test_the_choice_that_top_p_left_is_kept(config, weights, samples):
 
 
 def test_batches_have_one_shape(config):
-    e = Experience(*(np.ones((3, 5), np.float32) for _ in range(4)))
+    e = Experience(*(np.ones((3, 5), np.float32) for _ in range(4)), None, np.ones((3, 5, 2, 2), np.int32))
     batch, used = as_batch(e, config, small.mesh())
     assert used == 2 and batch.rows_BT.shape == (4, 2, 5) and batch.kept_BTW is None
     np.testing.assert_array_equal(np.asarray(batch.old_BT).reshape(8, 5).sum(1), [5, 5, 5, 0, 0, 0, 0, 0])
+    # Empty rows go where the router sends them: no token has one expert twice.
+    assert np.all(np.asarray(batch.routes_BTLK).reshape(8, -1)[3:] == -1)
 
 
 def test_system_message_comes_first_and_long_prompts_are_told(config):

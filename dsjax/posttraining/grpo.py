@@ -121,10 +121,6 @@ def grpo_loss(net: Network, config: Config) -> LossFn:
         metrics["entropy"] = jnp.sum(read.weights_BT * found.entropy_BT) / jnp.maximum(read.total, 1)
         if out.stats_L is not None:
             metrics |= routing_metrics(out.stats_L, config, execution)
-            if config.model.num_nextn_predict_layers:
-                # The MTP module did nothing: its experts stay as they are.
-                load_LE = metrics["expert_load"]
-                metrics["expert_load"] = jnp.concatenate([load_LE, jnp.zeros_like(load_LE[:1])])
         return loss, metrics
 
     return loss_fn

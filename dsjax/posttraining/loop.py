@@ -23,6 +23,7 @@ from dsjax.data.chat import Template, find_template
 from dsjax.inference.engine import Engine
 from dsjax.inference.prefix import PrefixCache
 from dsjax.planning import layout
+from dsjax.planning.roofline import without_mtp
 from dsjax.posttraining.evaluation import measure_accuracy
 from dsjax.posttraining.grpo import Experience, advantages, grpo_loss
 from dsjax.posttraining.rewards import Judge, Judged, make_judge
@@ -108,7 +109,8 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         saver = checkpoint.Saver(workdir / CHECKPOINTS, keep.keep_last, keep.keep_every, keep.keep_best)
         watchdog = Watchdog(config.monitor.watchdog_seconds)
         state = load_policy(config, mesh, workdir, position)
-        monitor = Monitor(config, workdir, machine(config.hardware, config.precision), None, position.step)
+        chips = machine(config.hardware, config.precision)
+        monitor = Monitor(without_mtp(config), workdir, chips, None, position.step)  # which is not computed here
         stack.enter_context(contextlib.closing(monitor))
         introduce(monitor, config, mesh, workdir, start)
         net = build_network(config, mesh)
@@ -370,9 +372,10 @@ def one_step(
     """The step after `position`: the state, where it stands, and its row."""
     config = run.config
     batch, microbatches = as_batch(experience, config, run.mesh)
-    settings = run.schedule.hyperparameters(position.step * config.training.batch_size)
-    values = {name: np.float32(value) for name, value in settings.items()}
-    state, metrics = run.train_step(state, batch, np.int32(microbatches), values)
+    schedule = run.schedule.hyperparameters(position.step * config.training.batch_size)
+    # No bias_update_speed: loads count rows' empty ends, whose tokens are all alike.
+    settings = {"learning_rate": np.float32(schedule["learning_rate"])}
+    state, metrics = run.train_step(state, batch, np.int32(microbatches), settings)
     position = Position(position.step + 1, position.sequences + len(experience.rows_BT))
     step = Step(position.step, position.sequences, len(experience.rows_BT), settings, metrics | told)
     return state, position, run.monitor.measure(step)

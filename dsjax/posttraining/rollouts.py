@@ -151,6 +151,9 @@ def lay_out(samples: Sequence[Sample], length: int, pad: int) -> Rows:
     return Rows(whole, places, routes)
 
 
+# Rows that fill a batch up. Their tokens go where the router sends them, as any token does: to different experts.
+EMPTY = Experience(0, 0, 0, 0, kept_BTW=0, routes_BTLK=-1)
+
 Scores = tuple[np.ndarray, np.ndarray | None]  # log-probabilities [B, T], and what there was to choose from
 
 
@@ -187,7 +190,12 @@ def make_scorer(config: Config, net: Network, mesh: Mesh) -> Callable[..., Score
         parts = []
         for start in range(0, len(rows_BT), size):
             part = [
-                a if a is None else _padded(a[start : start + size], size) for a in (rows_BT, routes_BTLK, kept_BTW)
+                a if a is None else _padded(a[start : start + size], size, fill)
+                for a, fill in (
+                    (rows_BT, EMPTY.rows_BT),
+                    (routes_BTLK, EMPTY.routes_BTLK),
+                    (kept_BTW, EMPTY.kept_BTW),
+                )
             ]
             placed = jax.device_put(part, NamedSharding(mesh, BATCH))
             parts.append(jax.device_get(compiled(params, router_bias, *placed, keeps_choice)))
@@ -229,14 +237,14 @@ def as_batch(experience: Experience, config: Config, mesh: Mesh) -> tuple[Experi
     most = config.training.batch_size // size
     used = -(-len(experience.rows_BT) // size)
 
-    def place(array: np.ndarray | None) -> jax.Array | None:
+    def place(array: np.ndarray | None, fill: int) -> jax.Array | None:
         if array is None:
             return None
-        whole = _padded(array, most * size).reshape(most, size, *array.shape[1:])
+        whole = _padded(array, most * size, fill).reshape(most, size, *array.shape[1:])
         return jax.device_put(whole, NamedSharding(mesh, PartitionSpec(None, AXES)))
 
-    return Experience(*map(place, experience)), used
+    return Experience(*map(place, experience, EMPTY)), used
 
 
-def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+def _padded(array: np.ndarray, rows: int, fill: int) -> np.ndarray:
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1), constant_values=fill)

@@ -86,7 +86,7 @@ def contents(workdir: Path) -> tuple[dict[str, str], dict[str, "Figure"]]:
     figures["learning_rate"] = draw_learning_rate(rows, has_ramp=not by_rewards)
     figures["throughput"] = draw_throughput(rows, "Throughput of updates" if by_rewards else "Throughput")
     if loads:
-        figures["expert_load"] = draw_expert_load(rows, loads, has_mtp=config.model.num_nextn_predict_layers > 0)
+        figures["expert_load"] = draw_expert_load(rows, loads, config.model.num_moe_layers)
     if any(row.get("quantisation") for row in rows):
         figures["quantisation"] = draw_quantisation(rows)
     facts = _facts(config, rows)
@@ -164,8 +164,11 @@ def draw_throughput(rows: Rows, title: str = "Throughput") -> "Figure":
     return figure
 
 
-def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
-    """The busiest expert over steps, and layers x experts at a few moments, as load over the layer's mean."""
+def draw_expert_load(rows: Rows, loads: Rows, layers: int) -> "Figure":
+    """The busiest expert over steps, and layers x experts at a few moments, as load over the layer's mean.
+
+    A row of loads past the model's MoE `layers` is MTP's.
+    """
     figure_type = figure_class()
     from matplotlib.colors import TwoSlopeNorm
 
@@ -189,7 +192,7 @@ def draw_expert_load(rows: Rows, loads: Rows, has_mtp: bool) -> "Figure":
         axes = figure.add_subplot(grid[1 + place // columns, place % columns])
         image = axes.imshow(load_LE, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
         axes.set_title(f"step {loads[moment]['step']}", loc="left", fontsize=10)
-        _label_experts(axes, load_LE.shape, has_mtp)
+        _label_experts(axes, load_LE.shape, has_mtp=len(load_LE) > layers)
         axes.set_ylabel("MoE layer" if place % columns == 0 else "", fontsize=9)
         axes.set_xlabel("expert" if place + columns >= len(slices) else "", fontsize=9)
         panels.append(axes)

@@ -77,10 +77,10 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
     Returns:
       train_step(state, batch, num_microbatches, hyperparameters) -> (state, metrics). `state` is donated. Leaves
       of `batch` have a leading microbatch dimension, of which the first `num_microbatches` are used; that number
-      is traced, so that a ramping batch compiles once. `hyperparameters`: learning_rate, bias_update_speed,
-      mtp_loss_weight. With `config.divergence.skip_nonfinite` a step whose loss or gradient is not finite changes
-      nothing but `state.step`, and `update_skipped` in its metrics is true. It is a jitted function: `.lower` shows
-      what it compiles to.
+      is traced, so that a ramping batch compiles once. `hyperparameters`: learning_rate, what the loss asks for, such
+      as mtp_loss_weight, and bias_update_speed, without which the routing biases stay as they are. With
+      `config.divergence.skip_nonfinite` a step whose loss or gradient is not finite changes nothing but `state.step`,
+      and `update_skipped` in its metrics is true. It is a jitted function: `.lower` shows what it compiles to.
     """
     adamw = optimizer.adamw(config.optimizer)
     shardings = state_shardings(config, mesh)
@@ -93,7 +93,9 @@ def make_train_step(loss_fn: LossFn, config: Config, mesh: Mesh) -> jax.stages.W
             updates, opt_state = adamw.update(gradients, state.opt_state, state.params)
             rate = hyperparameters["learning_rate"]
             params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        bias = move_biases(state.router_bias, metrics.get("expert_load"), hyperparameters["bias_update_speed"])
+        bias, speed = state.router_bias, hyperparameters.get("bias_update_speed")
+        if speed is not None:
+            bias = move_biases(bias, metrics.get("expert_load"), speed)
         after = dataclasses.replace(state, params=params, router_bias=bias, opt_state=opt_state)
         if config.divergence.skip_nonfinite:
             is_finite = jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics.get("loss", 0.0))
