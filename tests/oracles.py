@@ -55,17 +55,22 @@ def route(logits_E: np.ndarray, bias_E: np.ndarray | None, config: ModelConfig) 
     """(the chosen experts, best first; their weights)."""
     scores = 1 / (1 + np.exp(-logits_E)) if config.scoring_func == "sigmoid" else softmax(logits_E)
     ranking = scores if bias_E is None else scores + bias_E
+    chosen = choose(ranking, config)
+    weights = scores[chosen]
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum() + 1e-20)
+    return chosen, weights * config.routed_scaling_factor
+
+
+def choose(ranking: np.ndarray, config: ModelConfig) -> list[int]:
+    """The chosen experts, best first, of the best groups."""
     if config.n_group > 1:
         groups = ranking.reshape(config.n_group, -1)
         voters = 2 if config.topk_method == "noaux_tc" else 1
         group_scores = [sum(sorted(group, reverse=True)[:voters]) for group in groups]
         kept = best(group_scores, config.topk_group)
         ranking = np.where(np.isin(np.arange(config.n_group), kept)[:, None], groups, -np.inf).reshape(-1)
-    chosen = best(ranking, config.num_experts_per_tok)
-    weights = scores[chosen]
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum() + 1e-20)
-    return chosen, weights * config.routed_scaling_factor
+    return best(ranking, config.num_experts_per_tok)
 
 
 def best(values: Any, count: int) -> list[int]:
@@ -74,11 +79,13 @@ def best(values: Any, count: int) -> list[int]:
 
 
 def balance_loss(scores_TE: np.ndarray, config: ModelConfig) -> float:
-    """One sequence [V3 eq. 17-20]."""
+    """One sequence: V3 counts the best scores [V3 eq. 17-20], V2 where the token goes [V2 section 2.2.3]."""
     length, experts = scores_TE.shape
+    in_groups = config.topk_method == "group_limited_greedy"
+    picks = [choose(scores, config) if in_groups else best(scores, config.num_experts_per_tok) for scores in scores_TE]
     total = 0.0
     for i in range(experts):
-        hits = sum(i in best(scores_TE[t], config.num_experts_per_tok) for t in range(length))
+        hits = sum(i in pick for pick in picks)
         frequency = experts / (config.num_experts_per_tok * length) * hits
         share = np.mean([scores_TE[t, i] / scores_TE[t].sum() for t in range(length)])
         total += frequency * share
@@ -106,7 +113,7 @@ def dense_experts(x_BTD, router_DE, bias_E, gate_EDF, up_EDF, down_EFD, config: 
     weights = weights * config.routed_scaling_factor
     hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x_BTD, gate_EDF)) * jnp.einsum("btd,edf->btef", x_BTD, up_EDF)
     y = jnp.einsum("bte,btef,efd->btd", weights, hidden, down_EFD)
-    picks = among_best(scores, config.num_experts_per_tok)
+    picks = among_best(scores, config.num_experts_per_tok) if config.topk_method == "noaux_tc" else chosen
     frequency = picks.mean(1) * config.n_routed_experts / config.num_experts_per_tok
     share = (scores / scores.sum(-1, keepdims=True)).mean(1)
     return y, config.aux_loss_alpha * (frequency * share).sum(-1).mean(), chosen.sum((0, 1))

@@ -87,7 +87,7 @@ def test_weights_and_gradients_of_vanishing_scores_stay_finite(logit):
 
     def both(low):
         choice = route(low, None, V3)
-        return jnp.sum(choice.weights_BTK[..., 0]) + jnp.sum(sequence_balance_loss(choice.scores_BTE, V3))
+        return jnp.sum(choice.weights_BTK[..., 0]) + jnp.sum(sequence_balance_loss(choice, V3))
 
     weights = route(low, None, V3).weights_BTK
     assert np.all(np.isfinite(weights)) and np.all(weights <= 2.5)
@@ -102,7 +102,7 @@ def test_balance_loss_equals_the_reports_formula(name):
     sigmoid = config.scoring_func == "sigmoid"
     scores = 1 / (1 + np.exp(-z)) if sigmoid else np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     expected = [oracles.balance_loss(scores[b], config) for b in range(3)]
-    np.testing.assert_allclose(sequence_balance_loss(route(z, None, config).scores_BTE, config), expected, rtol=1e-5)
+    np.testing.assert_allclose(sequence_balance_loss(route(z, None, config), config), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -110,7 +110,7 @@ def test_balance_loss_is_alpha_at_perfect_balance_and_more_elsewhere(name):
     config = dataclasses.replace(CONFIGS[name], aux_loss_alpha=1e-4)
     # Token t prefers experts t .. t + 3 (mod 16): over 16 tokens every expert is chosen 4 times, with equal scores.
     turning = np.stack([np.roll(np.r_[np.full(4, 2.0), np.full(12, -1.0)], t) for t in range(16)])[None]
-    loss = lambda z: sequence_balance_loss(route(z, None, config).scores_BTE, config)[0]  # noqa: E731
+    loss = lambda z: sequence_balance_loss(route(z, None, config), config)[0]  # noqa: E731
     assert float(loss(turning.astype(np.float32))) == pytest.approx(1e-4, rel=1e-5)
     same = np.repeat(turning[:, :1], 16, axis=1).astype(np.float32)
     value, gradient = jax.value_and_grad(loss)(same)

@@ -118,7 +118,7 @@ def routed_experts(
         y_MD, tally = _in_chunks(x_BTD, choice, whole, config, execution)
         experts_1 = jnp.arange(config.n_routed_experts)[None]
         load_E = jnp.sum(choice.experts_BTK.reshape(-1, 1) == experts_1, axis=0, dtype=jnp.float32)
-        balance = jnp.mean(sequence_balance_loss(choice.scores_BTE, config))
+        balance = jnp.mean(sequence_balance_loss(choice, config))
         per_device = jax.tree.map(lambda s: s[None], (load_E, balance, tally))
         return y_MD.reshape(x_BTD.shape), per_device, choice.experts_BTK if execution.tells_routes else None
 

@@ -65,15 +65,17 @@ def _keep_best_groups(ranking_BTE: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.where(kept_BTG[..., None], grouped, -jnp.inf).reshape(ranking_BTE.shape)
 
 
-def sequence_balance_loss(scores_BTE: jax.Array, config: ModelConfig) -> jax.Array:
-    """The sequence-wise balance loss of each sequence, [B], times aux_loss_alpha [V3 eq. 17-20].
+def sequence_balance_loss(choice: Choice, config: ModelConfig) -> jax.Array:
+    """The sequence-wise balance loss of each sequence, [B], times aux_loss_alpha [V3 eq. 17-20; V2 §2.2.3].
 
-    It equals aux_loss_alpha at perfect balance. As in the report, the frequency counts the top-K of the
-    unbiased scores, so that the routing bias cannot hide an imbalance from it.
+    It equals aux_loss_alpha at perfect balance. As in the reports, the frequency counts the experts that V2's tokens go
+    to, and for V3 the top-K of the unbiased scores, so that neither routing bias nor groups hide an imbalance from it.
     """
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    top_BTK = lax.top_k(lax.stop_gradient(scores_BTE), chosen)[1]
-    picks_BE = jnp.sum(jax.nn.one_hot(top_BTK, experts), axis=(1, 2))
+    scores_BTE, picked_BTK = choice.scores_BTE, choice.experts_BTK
+    if config.topk_method == "noaux_tc":
+        picked_BTK = lax.top_k(lax.stop_gradient(scores_BTE), chosen)[1]
+    picks_BE = jnp.sum(jax.nn.one_hot(picked_BTK, experts), axis=(1, 2))
     frequency_BE = picks_BE * experts / (chosen * scores_BTE.shape[1])
     share_BE = jnp.mean(_normalised(scores_BTE), axis=1)
     return config.aux_loss_alpha * jnp.sum(frequency_BE * share_BE, axis=-1)
