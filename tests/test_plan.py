@@ -67,7 +67,7 @@ def test_compute_time_by_hand(on_h800):
     core = 62 * 6 * 4097 / 2 * 128 * 320
     fp8 = 6 * (62 * 187_105_280 + 3 * 396_361_728 + 59 * 9 * 44_040_192)
     gate, heads, join = 6 * 59 * 256 * 7168, 6 * 2 * 926_679_040, 6 * 2 * 7168**2
-    seconds = fp8 * 4 / 3 / (1979e12 * EFFICIENCY["fp8"]) + core * (1 + 1 / 3 + 1 / 6) / (
+    seconds = fp8 * 4 / 3 / (1979e12 * EFFICIENCY["fp8"]) + core * (1 + 1 / 3 + 192 / 320 / 3) / (
         989e12 * EFFICIENCY["attention"]
     )
     seconds += (gate * 4 / 3 + heads + join) / (989e12 * EFFICIENCY["bf16"])

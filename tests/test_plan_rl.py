@@ -177,7 +177,7 @@ def test_forward_pass_by_hand(zero):
     assert zero.old.compute == pytest.approx(seconds, rel=1e-3)
     assert zero.reference == zero.old
     # Full recomputation: a third more of the layers, and the scores again.
-    update = (3 + 1 + 0.5) * core / EFFICIENCY["attention"] + 4 * (rest - 2 * 926_679_040) / EFFICIENCY["bf16"]
+    update = (3 + 1 + 192 / 320) * core / EFFICIENCY["attention"] + 4 * (rest - 2 * 926_679_040) / EFFICIENCY["bf16"]
     update += 3 * 2 * 926_679_040 / EFFICIENCY["bf16"]
     assert zero.plan.time.compute == pytest.approx(32768 * update / 989e12, rel=1e-3)
 

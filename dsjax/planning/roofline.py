@@ -23,8 +23,8 @@ from dsjax.planning.hardware import Hardware
 from dsjax.planning.memory import FP32, kept_per_layer
 from dsjax.planning.weights import weights
 
-# Share of the peak that products reach. FP8: DeepGEMM's README of 26 Feb 2025, 1,058 to 1,358 TFLOP/s of an H800's
-# 1,979 at 4,096 rows, grouped 1,099 to 1,297. BF16 and the attention core: assumed.
+# Share of the peak that products reach. FP8: DeepGEMM's README of 26 Feb 2025, 1,025 to 1,358 TFLOP/s of an H800's
+# 1,979 at 4,096 rows (990 and 590 where K is 1,536 and 512), grouped 1,093 to 1,297. Others: assumed.
 EFFICIENCY = {"fp8": 0.6, "bf16": 0.7, "attention": 0.6}
 HBM_EFFICIENCY = 0.8  # assumed
 LINK_EFFICIENCY = 0.85  # assumed; DeepEP's README measures 43 to 58 GB/s of 50 nominal, and 153 to 158 of NVLink's 160
@@ -145,15 +145,15 @@ def _seconds_per_token(config: Config, chip: Hardware, passes: Mapping[str, floa
 def _again(config: Config, part: str) -> float:
     """All FLOPs of a part over those of forward and backward; a forward pass is a third of them.
 
-    Attention keeps no scores: its backward pass makes them again, one product of the forward's two.
+    Attention keeps no scores: its backward pass makes them again, the query's and key's of the forward's two products.
     """
-    remat = config.training.remat
-    scores = 1 / 6 if part == "attention core" else 0.0
+    remat, model = config.training.remat, config.model
+    of_scores = model.qk_head_dim / (model.qk_head_dim + model.v_head_dim)
+    scores = of_scores / 3 if part == "attention core" else 0.0
     if part in ("head", "MTP projection") or remat == "none":
         return 1 + scores
     if remat == "full":
         return 1 + scores + 1 / 3
-    model = config.model
     if part != "attention projections":
         return 1 + scores
     up = model.num_attention_heads * model.kv_lora_rank * (model.qk_nope_head_dim + model.v_head_dim)

@@ -1,4 +1,4 @@
-"""How fast FP8 products are against BF16 ones here, at those shapes of DeepSeek-V3 that DeepGEMM publishes.
+"""How fast FP8 products are against BF16 ones here, at shapes of DeepSeek-V3 that DeepGEMM publishes rates of.
 
 Every product is timed with its operands at hand, and from what training holds: BF16 activations and gradients, FP32
 master weights. All take turns, so that a machine that slows down slows all of them.
