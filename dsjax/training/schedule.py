@@ -1,7 +1,7 @@
 """What changes as tokens go by: batch size, learning rate, bias speed, MTP weight [V3 §4.2].
 
 Everything is counted in sequences seen, an exact integer: with the batch ramp, steps are uneven, and V3's 14.8T tokens
-and its 230K steps leave no room for rounding. Pure Python.
+and its 244,108 steps leave no room for rounding. Pure Python.
 """
 
 import bisect

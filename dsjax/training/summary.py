@@ -32,7 +32,7 @@ class Summary:
     validation_nats_per_byte: float | None
     seconds: float  # of the whole run
     cost_usd: float
-    exit_code: int  # 0, also after SIGTERM; 1: the last checkpoint could not be written; 2: diverged; 130: SIGINT
+    exit_code: int  # 0, also after SIGTERM; 1: the last save failed, or a device is faulty; 2: diverged; 130: SIGINT
 
 
 @dataclass(frozen=True)
