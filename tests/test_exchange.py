@@ -17,9 +17,11 @@ from dsjax.model.moe import Execution, routed_experts
 from dsjax.numerics.recipe import recipe
 from dsjax.planning.traffic import expected_destinations, journey_bytes, message
 
-# Sizes of the mesh and ranks per node: one level and two. Each is a program of its own, which takes long to compile.
+# Sizes of the mesh and ranks per node: on one level every mesh that fits 8 devices; on two levels some. Each is a
+# program of its own, which takes long to compile.
 QUICK = [((1, 1, 4), None), ((2, 2, 2), None), ((1, 1, 8), 2)]
-MORE = [((1, 1, 2), None), ((2, 1, 4), None), ((1, 1, 8), None), ((1, 1, 4), 2), ((1, 2, 4), 2), ((1, 1, 8), 4)]
+ONE_LEVEL = [(1, 1, 2), (2, 1, 2), (1, 2, 2), (4, 1, 2), (1, 4, 2), (2, 1, 4), (1, 2, 4), (1, 1, 8)]
+MORE = [*((sizes, None) for sizes in ONE_LEVEL), ((1, 1, 4), 2), ((1, 2, 4), 2), ((1, 1, 8), 4)]
 MESHES = [*QUICK, *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in MORE)]
 
 

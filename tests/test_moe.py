@@ -15,7 +15,12 @@ from dsjax.model.moe import Execution, routed_experts
 from dsjax.numerics.recipe import recipe
 from dsjax.planning.buffers import make_buffer
 
-MESHES = [sizes for sizes in itertools.product((1, 2), (1, 2), (1, 2, 4, 8)) if np.prod(sizes) <= 8]
+# Every mesh that fits 8 devices.
+MESHES = [
+    pytest.param(sizes, marks=pytest.mark.slow) if max(sizes[:2]) > 2 else sizes
+    for sizes in itertools.product((1, 2, 4, 8), repeat=3)
+    if np.prod(sizes) <= 8
+]
 
 
 def gathering(sizes) -> str:
