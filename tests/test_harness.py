@@ -1,6 +1,7 @@
 """lm-evaluation-harness's three questions, answered as its API describes them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -63,6 +64,34 @@ def test_answers_stop_where_the_task_says(engine):
     end = next(c for c in free[1:] if c.isprintable())
     [cut, long] = answers(engine, [("ab", {"max_gen_toks": 12, "until": [end]}), ("q" * 90, {"max_gen_toks": 12})])
     assert cut == free[: free.index(end)] and isinstance(long, str)
+
+
+@pytest.mark.parametrize(
+    "context, wanted, kept, new, told",
+    [
+        (10, 12, 10, 12, None),
+        (10, 30, 10, 30, None),
+        (10, ROOM - 1, 10, 30, "0 of 1 contexts lose their beginning, and 1 answers may"),
+        (10, ROOM, 10, 30, "0 of 1"),
+        (10, 9999, 10, 30, "0 of 1"),
+        (39, 12, 28, 12, "1 of 1 contexts lose their beginning, and 0 answers may"),
+        (90, 12, 28, 12, "1 of 1"),
+        (90, 9999, 20, 20, "1 of 1 contexts lose their beginning, and 1 answers may"),
+    ],
+)
+def test_long_answers_get_what_the_context_leaves_and_never_less_than_half(capsys, context, wanted, kept, new, told):
+    asked = []
+
+    def generate(prompts, samplings):
+        asked.extend((prompt, one.max_new_tokens) for prompt, one in zip(prompts, samplings, strict=True))
+        return [SimpleNamespace(text="")] * len(prompts)
+
+    engine = SimpleNamespace(tokenizer=ByteTokenizer(), config=SimpleNamespace(model=MODEL), generate=generate)
+    text = ("0123456789" * 9)[:context]
+    answers(engine, [(text, {"max_gen_toks": wanted})])
+    assert asked == [(list(text.encode())[-kept:], new)]
+    warned = capsys.readouterr().err
+    assert warned.count("WARNING") == (told is not None) and (told or "") in warned
 
 
 def test_model_speaks_the_harness_api_or_says_what_is_missing(engine):

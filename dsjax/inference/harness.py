@@ -1,6 +1,6 @@
 """lm-evaluation-harness through its own model API; needs the extra `eval`."""
 
-import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,25 +68,39 @@ def text_score(engine: Engine, text: str) -> float:
 
 
 def answers(engine: Engine, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """What follows each context, greedy unless its arguments say otherwise, without the string that ended it."""
+    """What follows each context, greedy unless its arguments say otherwise, without the string that ended it.
+
+    Where a context and the answer asked for exceed max_position_embeddings, the answer gets what the context leaves,
+    or half of the positions if that is more, and the context loses its beginning; a warning counts both.
+    """
     assert engine.tokenizer is not None
+    positions, cut, shortened = engine.config.model.max_position_embeddings, 0, 0
     prompts, samplings = [], []
     for context, how in asked:
         until = how.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(text for text in until if text)
         drawn = bool(how.get("do_sample", how.get("temperature", 0)))
+        wanted = int(how.get("max_gen_toks", NEW_TOKENS))
+        prompt = engine.tokenizer.encode(context) or [engine.tokenizer.eos_id]
+        room = min(wanted, max(positions - len(prompt), positions // 2))
+        cut += len(prompt) > positions - room
+        shortened += room < wanted
         sampling = Sampling(
-            int(how.get("max_gen_toks", NEW_TOKENS)),
+            room,
             float(how.get("temperature", 1.0)) if drawn else 0.0,
             top_k=how.get("top_k") or None,
             top_p=float(how.get("top_p", 1.0)),
             stop=until,
         )
-        room = engine.config.model.max_position_embeddings - sampling.max_new_tokens
-        if room < 1:
-            sampling, room = dataclasses.replace(sampling, max_new_tokens=1), room + sampling.max_new_tokens - 1
-        prompts.append((engine.tokenizer.encode(context) or [engine.tokenizer.eos_id])[-room:])
+        prompts.append(prompt[-(positions - room) :])
         samplings.append(sampling)
+    if cut or shortened:
+        print(
+            f"WARNING: within max_position_embeddings = {positions}, {cut} of {len(prompts)} contexts lose their"
+            f" beginning, and {shortened} answers may not become as long as their tasks allow",
+            file=sys.stderr,
+            flush=True,
+        )
     return [result.text or "" for result in engine.generate(prompts, samplings)]
 
 
