@@ -153,11 +153,28 @@ def test_request_that_cannot_be_is_told_and_leaves_nothing_behind(engine, prompt
         ({"min_p": 1.0}, "min_p is 1.0"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"stop": ("a", "")}, "a stop string is empty"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, but must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, but must be a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', but must be a number"),
+        ({"temperature": 10**400}, r"but must be 0 or a positive number up to 1e\+38"),
+        ({"top_k": 1.5}, "top_k is 1.5, but must be a whole number, or None"),
+        ({"top_p": None}, "top_p is None, but must be a number"),
+        ({"seed": "1"}, "seed is '1', but must be a whole number"),
+        ({"stop_tokens": (1.0,)}, r"stop_tokens is \(1.0,\), but must be a list or tuple of tokens"),
+        ({"stop": "end"}, "stop is 'end', but must be a list or tuple of texts"),
+        ({"stop": (1,)}, r"stop is \(1,\), but must be a list or tuple of texts"),
     ],
 )
 def test_sampling_that_cannot_be_is_told(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         Sampling(**changes)
+
+
+def test_numbers_of_numpy_are_numbers(engine):
+    theirs = Sampling(np.int64(4), np.float32(0.5), np.int32(10**9), np.float64(0.9), seed=np.uint32(3))
+    ours = Sampling(4, 0.5, 10**9, 0.9, seed=3)
+    assert engine.generate([[1]], theirs)[0].tokens == engine.generate([[1]], ours)[0].tokens
+    assert engine.generate([[1]], dataclasses.replace(ours, top_k=10**12))[0].tokens  # more than an int32
 
 
 def test_engine_without_what_is_asked_of_it_says_so(config, model):

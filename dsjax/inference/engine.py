@@ -303,7 +303,7 @@ class Engine:
 
         draws = Draws(
             fill([s.temperature for s in asked], np.float32),
-            fill([s.top_k or 0 for s in asked], np.int32),
+            fill([min(s.top_k or 0, self.config.model.vocab_size) for s in asked], np.int32),
             fill([s.top_p for s in asked], np.float32, 1),
             fill([s.min_p for s in asked], np.float32),
             fill([s.seed for s in asked], np.uint32),

@@ -3,9 +3,9 @@
 What a request draws depends on its seed and on the position drawn for, not on what shares its batch.
 """
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import lax
 from dsjax.config import ConfigError
 
 SEEDS = 2**32
+HOTTEST = 1e38  # the devices compute with FP32, which holds little more
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Sampling:
 
     A text ends at `max_new_tokens`, at one of `stop_tokens` (which is the last token of the result), or where its text
     contains one of the `stop` strings (which the text is cut before).
+
+    Raises ConfigError for a value of another type or outside its range.
     """
 
     max_new_tokens: int = 200
@@ -38,11 +41,29 @@ class Sampling:
             raise ConfigError(problem)
 
 
+TYPES: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (Integral, "a whole number"),
+    "temperature": (Real, "a number"),
+    "top_k": (Integral | None, "a whole number, or None for no limit"),
+    "top_p": (Real, "a number"),
+    "min_p": (Real, "a number"),
+    "seed": (Integral, "a whole number"),
+}
+
+
 def _problems(s: Sampling):
+    for name, (kind, told) in TYPES.items():
+        value = getattr(s, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            yield f"{name} is {value!r}, but must be {told}"
+    if not _are(Integral, s.stop_tokens):
+        yield f"stop_tokens is {s.stop_tokens!r}, but must be a list or tuple of tokens"
+    if not _are(str, s.stop):
+        yield f"stop is {s.stop!r}, but must be a list or tuple of texts"
     if s.max_new_tokens < 1:
         yield f"max_new_tokens is {s.max_new_tokens}, but must be at least 1"
-    if not 0 <= s.temperature < math.inf:
-        yield f"temperature is {s.temperature}, but must be 0 or a positive number"
+    if not 0 <= s.temperature <= HOTTEST:
+        yield f"temperature is {s.temperature}, but must be 0 or a positive number up to {HOTTEST:g}"
     if s.top_k is not None and s.top_k < 1:
         yield f"top_k is {s.top_k}, but must be at least 1, or None for no limit"
     if not 0 < s.top_p <= 1:
@@ -53,6 +74,10 @@ def _problems(s: Sampling):
         yield f"seed is {s.seed}, but must be at least 0 and below {SEEDS}"
     if any(not text for text in s.stop):
         yield "a stop string is empty; leave it out"
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, tuple | list) and all(isinstance(value, kind) for value in values)
 
 
 class Draws(NamedTuple):
