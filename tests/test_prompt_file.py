@@ -73,6 +73,38 @@ def test_every_line_is_answered_once_and_an_interrupted_file_goes_on(engine, tmp
     assert complete_file(engine, prompts, str(out), asked, None).startswith("0 prompts")
 
 
+def test_line_that_asks_for_what_cannot_be_costs_itself_alone(engine, tmp_path):
+    wrong = [
+        ({"stop": None}, "stop is None, but must be a list or tuple of texts"),
+        ({"stop": 3}, "stop is 3"),
+        ({"stop": [1]}, "stop is [1]"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, but must be a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"seed": True}, "seed is True"),
+        ({"temperature": 10**400}, "temperature is 1"),
+        ({"prompt": "\ud800"}, "a text is not Unicode"),
+        ({"prompt": None, "messages": [{"role": "user", "content": "\udfff"}]}, "a text is not Unicode"),
+    ]
+    right = [
+        {"prompt": "a", "id": "\ud800", "top_k": 10**12},
+        {"prompt": 3, "messages": [{"role": "user", "content": "a"}], "stop": ["x", "y"]},
+    ]
+    lines = [{"prompt": "a"} | own for own, _ in wrong] + right
+    prompts, out = written(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert complete_file(engine, prompts, str(out), Sampling(2), None).startswith("2 prompts continued by")
+    told = rows(out)
+    for index, (own, sentence) in enumerate(wrong):
+        assert sentence in told[index]["error"], own
+    assert told[9]["id"] == "\ud800" and not {"error"} & (told[9].keys() | told[10].keys())
+    assert complete_file(engine, prompts, str(out), Sampling(2), None).endswith(f"11 had been done before: {out}")
+
+
+def test_only_a_line_feed_ends_a_line(engine, tmp_path):
+    lines = [{"prompt": "a\u2028b\u2029c\u0085d\fe"}, {"prompt": "f"}]
+    (tmp_path / "in").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    assert complete_file(engine, str(tmp_path / "in"), str(tmp_path / "out"), Sampling(2), None).startswith("2 prompts")
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
@@ -80,6 +112,7 @@ def test_every_line_is_answered_once_and_an_interrupted_file_goes_on(engine, tmp
         ('{"prompt": "a"}\nnonsense\n', "line 2, must be"),
         ('{"messages": [{"role": "user"}]}\n', "line 1, must be"),
         ("\n", "line 1, must be"),
+        ("[" * 100_000, "line 1, must be"),
     ],
 )
 def test_file_that_is_none_is_told_before_anything_runs(engine, tmp_path, content, sentence):
@@ -97,6 +130,8 @@ def test_results_of_other_prompts_are_not_added_to(engine, tmp_path):
     out.write_text("something\n")
     with pytest.raises(ConfigError, match="holds something else than results"):
         complete_file(engine, str(tmp_path / "a"), str(out), Sampling(2), None)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); choose another --out"):
+        complete_file(engine, str(tmp_path / "a"), str(tmp_path), Sampling(2), None)
     with pytest.raises(ConfigError, match="cannot be read"):
         complete_file(engine, str(tmp_path / "missing"), str(out), Sampling(2), None)
 

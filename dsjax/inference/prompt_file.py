@@ -25,8 +25,8 @@ def complete_file(engine: Engine, prompts: str, out: str, sampling: Sampling, te
     A line of `prompts` is {"prompt": text} or {"messages": [{"role": ..., "content": ...}, ...]}; fields of Sampling in
     it win over `sampling`; without a seed of its own the n-th line has sampling.seed + n. A line of `out` has `index`
     (from 0), `prompt_sha256`, `text`, `finish_reason`, `new_tokens`, `prompt_cache_hit_tokens`,
-    `prompt_cache_miss_tokens`, or `error`; and the line's `id`, if it has one. Lines that `out` holds already are not
-    computed again; a half-written last one is.
+    `prompt_cache_miss_tokens`, or `error`, a sentence, where the line cannot be continued; and the line's `id`, if it
+    has one. Lines that `out` holds already are not computed again; a half-written last one is.
 
     Raises ConfigError for a file that cannot be read or written, a line that is no such object, and an `out` that holds
     other prompts' texts.
@@ -36,7 +36,8 @@ def complete_file(engine: Engine, prompts: str, out: str, sampling: Sampling, te
     left = [i for i in range(len(lines)) if i not in done]
     failed = tokens = 0
     try:
-        file = open(out, "a", encoding="utf-8")
+        # What UTF-8 cannot write, a lone surrogate in an id, is written as JSON escapes it.
+        file = open(out, "a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
     with file, tqdm(total=len(lines), initial=len(done), unit=" prompts", disable=None) as bar:
@@ -80,15 +81,18 @@ def _request(
 ) -> tuple[list[int], Sampling]:
     """(tokens, Sampling) of a line. Raises ConfigError where they cannot be."""
     own = {name: value for name, value in line.items() if name in OWN}
-    if "stop" in own:
-        own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
+    if isinstance(own.get("stop"), str):
+        own["stop"] = (own["stop"],)
     own.setdefault("seed", (sampling.seed + index) % SEEDS)
-    try:
-        asked = dataclasses.replace(sampling, **own)
-    except TypeError as error:
-        raise ConfigError(f"a field of Sampling has a wrong type ({error})") from error
+    asked = dataclasses.replace(sampling, **own)
     assert engine.tokenizer is not None
-    if "prompt" in line:
+    is_text = isinstance(line.get("prompt"), str)
+    said = [line["prompt"]] if is_text else [m[part] for m in line["messages"] for part in ("role", "content")]
+    try:
+        "".join(said).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a text is not Unicode ({error}); leave lone surrogates out") from error
+    if is_text:
         tokens = engine.tokenizer.encode(line["prompt"])
     else:
         tokens = conversation_tokens(engine.tokenizer, line["messages"], template)
@@ -104,14 +108,15 @@ def _digest(line: dict[str, Any]) -> str:
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # not splitlines: JSON may hold U+2028 as it is
+            rows = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts: {path} cannot be read ({getattr(error, 'strerror', 'not UTF-8')})") from error
     lines = []
     for number, row in enumerate(rows, 1):
         try:
             line = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         is_text = isinstance(line, dict) and isinstance(line.get("prompt"), str)
         messages = line.get("messages") if isinstance(line, dict) else None
@@ -121,7 +126,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
         )
         if not is_text and not is_talk:
             raise ConfigError(
-                f'{path}, line {number}, must be a JSON object with "prompt" or "messages", but is {row[:60]!r}'
+                f'{path}, line {number}, must be a JSON object with "prompt" or "messages", but is {row.strip()[:60]!r}'
             )
         lines.append(line)
     return lines
@@ -129,9 +134,12 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
 
 def _read_done(path: Path, lines: list[dict[str, Any]]) -> set[int]:
     """The indices in `out`; cuts off a last line that was not written to its end."""
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return set()
-    content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); choose another --out") from error
     whole = content.rfind(b"\n") + 1
     done = set()
     for row in content[:whole].splitlines():
