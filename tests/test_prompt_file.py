@@ -7,7 +7,7 @@ import pytest
 import small
 
 from dsjax.config import ConfigError
-from dsjax.data.chat import Template, conversation_tokens, find_template
+from dsjax.data.chat import Template, answered, conversation_tokens, find_template
 from dsjax.data.tokenizer import ByteTokenizer
 from dsjax.inference import Engine, Sampling
 from dsjax.inference.chat import Conversation, with_stop
@@ -156,6 +156,30 @@ def test_conversation_remembers_and_plain_ones_stop_before_the_user(engine):
     assert first == engine.generate([tokens], dataclasses.replace(asked, temperature=1.0, seed=1))[0].text
     "".join(talk.answer("again"))
     assert len(talk.messages) == 4
+
+
+def test_turns_of_a_plain_conversation_are_what_is_trained_on():
+    says = [{"role": "user", "content": "hi"}]
+    trained, seen = answered(ByteTokenizer(), says, "Hello", None), []
+
+    class Trained:
+        """Writes what it was trained to, the first space on its own."""
+
+        tokenizer = ByteTokenizer()
+
+        def stream(self, tokens, sampling):
+            seen.append(tokens)
+            yield from (" ", "Hel", "lo")
+
+    talk = Conversation(Trained(), Sampling(), None)
+    assert list(talk.answer("hi")) == ["Hel", "lo"] and "".join(talk.answer("more")) == "Hello"
+    assert talk.messages[:2] == [*says, {"role": "assistant", "content": "Hello"}]
+    assert seen[1] == conversation_tokens(ByteTokenizer(), talk.messages[:3], None)
+    # What the model has read and written is how the next prompt begins: a prefix cache finds it.
+    written = trained.prompt + trained.answer[:-1]
+    assert seen[0] == trained.prompt and seen[1][: len(written)] == written
+    with_template = Conversation(Trained(), Sampling(), TEMPLATE)
+    assert "".join(with_template.answer("hi")) == with_template.messages[1]["content"] == " Hello"
 
 
 def test_template_is_found_beside_the_tokenizer(tmp_path):

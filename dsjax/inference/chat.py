@@ -24,12 +24,18 @@ class Conversation:
         self._sampling = with_stop(sampling, template)
 
     def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to the next turn, in pieces; it is part of the conversation once it is complete."""
+        """The model's answer to the next turn, in pieces; it is part of the conversation once it is complete.
+
+        A plain transcript puts a space before what a turn says, and the model writes that; the answer is without it.
+        """
         asked = [*self.messages, {"role": "user", "content": text}]
         assert self._engine.tokenizer is not None
         tokens = conversation_tokens(self._engine.tokenizer, asked, self._template)
-        pieces = []
+        pieces: list[str] = []
         for piece in self._engine.stream(tokens, self._sampling):
+            if not pieces and self._template is None:
+                piece = piece.removeprefix(" ")
             pieces.append(piece)
-            yield piece
+            if piece:
+                yield piece
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
