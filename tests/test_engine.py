@@ -124,6 +124,24 @@ def test_stream_gives_the_same_text_in_pieces_and_may_be_left(engine):
     assert engine.complete("ab", max_new_tokens=5) == engine.generate(["ab"], Sampling(5, 0.0))[0].text
 
 
+def test_calls_within_a_call_are_refused_and_cut_no_text(engine):
+    asked, other = Sampling(40, 0.0), Sampling(3, 0.0)
+    whole, refusal = engine.complete("ab", max_new_tokens=40), "in the middle of another call"
+    pieces = []
+    for piece in engine.stream("ab", asked):
+        pieces.append(piece)
+        with pytest.raises(RuntimeError, match=refusal):
+            engine.generate(["cd"], other)
+    assert "".join(pieces) == whole and len(pieces) > 2
+    first = engine.stream("ab", asked)
+    with pytest.raises(RuntimeError, match=refusal):
+        list(zip(first, engine.stream("cd", other), strict=False))
+    assert whole.endswith("".join(first))
+    with pytest.raises(RuntimeError, match=refusal):
+        engine.generate(["cd"], other, on_result=lambda index, result: engine.complete("ab"))
+    assert engine.complete("ab", max_new_tokens=40) == whole
+
+
 def test_cache_grows_by_buckets():
     assert [bucket(n) for n in (1, 64, 65, 128, 129, 4096, 4097)] == [64, 64, 128, 128, 256, 4096, 8192]
 

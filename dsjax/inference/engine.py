@@ -11,6 +11,7 @@ checkpoints: it takes parameters as training holds them, and `update` gives it n
     (4, 'length')
 """
 
+import contextlib
 import dataclasses
 import threading
 from collections import deque
@@ -75,6 +76,7 @@ class _Request:
 class Engine:
     """One model on one mesh, ready to generate. Its methods may be called by several threads, which take turns.
 
+    A thread takes one turn at a time: `generate` or `stream` while it is in the middle of another is a RuntimeError.
     `programs` are the compiled functions, `weights` the (params, router_bias) that they take.
     """
 
@@ -120,7 +122,7 @@ class Engine:
         self._state: State = self.programs.empty_state(self.slots, decoding.SMALLEST_BUCKET)
         self._requests: list[_Request | None] = [None] * self.slots
         self._waiting: deque[_Request] = deque()
-        self._number, self._lock = 0, threading.RLock()
+        self._number, self._lock, self._is_running = 0, threading.RLock(), False
         self.update(params, router_bias)
 
     def update(self, params: Any, router_bias: Any) -> None:
@@ -160,41 +162,39 @@ class Engine:
 
         Raises:
           ConfigError: a prompt and its continuation exceed max_position_embeddings, or a text needs a tokenizer.
+          RuntimeError: this thread has not finished or closed a stream, or is in `on_result`.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise ConfigError(f"there are {len(prompts)} prompts, but {len(each)} samplings; give one, or one for each")
-        with self._lock:
+        with self._turn():
             requests = [self._request(prompt, one, salt) for prompt, one in zip(prompts, each, strict=True)]
             self._waiting.extend(requests)
             index = {request.number: i for i, request in enumerate(requests)}
             results: list[Result | None] = [None] * len(requests)
-            try:
-                for request in self._run():
-                    if request.finish_reason is not None:
-                        result = results[index[request.number]] = self._result(request)
-                        if on_result is not None:
-                            on_result(index[request.number], result)
-            finally:
-                self._give_up()
+            for request in self._run():
+                if request.finish_reason is not None:
+                    result = results[index[request.number]] = self._result(request)
+                    if on_result is not None:
+                        on_result(index[request.number], result)
         return [result for result in results if result is not None]
 
     def stream(self, prompt: str | list[int], sampling: Sampling = Sampling(), *, salt: str = "") -> Iterator[str]:  # noqa: B008
-        """The continuation's text, in pieces as it comes; needs a tokenizer. Closing the iterator ends the request."""
-        with self._lock:
+        """The continuation's text, in pieces as it comes; needs a tokenizer. Closing the iterator ends the request.
+
+        Until it is at its end or closed, other threads wait, and whatever else this one asks for is a RuntimeError.
+        """
+        with self._turn():
             request, told = self._request(prompt, sampling, salt), ""
             self._waiting.append(request)
-            try:
-                for _ in self._run(steps=WAITING_STEPS):
-                    text = self._text(request)
-                    # What may still become another character, or a stop string, waits.
-                    held = 0 if request.finish_reason else _held_back(text, sampling.stop)
-                    ready = text[: len(text) - held]
-                    if len(ready) > len(told):
-                        yield ready[len(told) :]
-                        told = ready
-            finally:
-                self._give_up()
+            for _ in self._run(steps=WAITING_STEPS):
+                text = self._text(request)
+                # What may still become another character, or a stop string, waits.
+                held = 0 if request.finish_reason else _held_back(text, sampling.stop)
+                ready = text[: len(text) - held]
+                if len(ready) > len(told):
+                    yield ready[len(told) :]
+                    told = ready
 
     def complete(self, prompt: str, **sampling: Any) -> str:
         """The continuation of one text; keywords are those of Sampling, greedy by default."""
@@ -286,10 +286,22 @@ class Engine:
             if any(self._requests):
                 yield from self._decode(min(steps, WAITING_STEPS) if self._waiting else steps)
 
-    def _give_up(self) -> None:
-        """Forgets what is still being decoded: its caller is gone."""
-        self._waiting.clear()
-        self._requests = [None] * self.slots
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The slots are the caller's alone; what is still being decoded at the end is forgotten: its caller is gone."""
+        with self._lock:
+            if self._is_running:  # in this very thread: it is not kept out by the lock
+                raise RuntimeError(
+                    "this thread asks the engine for texts in the middle of another call; take that stream to its end"
+                    " or close it first, or give generate() all prompts at once"
+                )
+            self._is_running = True
+            try:
+                yield
+            finally:
+                self._is_running = False
+                self._waiting.clear()
+                self._requests = [None] * self.slots
 
     def _admit(self, requests: list[_Request], free: list[int]) -> Iterator[_Request]:
         prompts, slots = self._prefill_each_once(requests), free[: len(requests)]
