@@ -388,7 +388,6 @@ class Engine:
         rows = self._row_count(requests)
         length = bucket(max(len(request.prompt) for request in requests))
         start, prompts = self._from_prefix_cache(requests, rows, length)
-        computed = list(start)
         if self._tells_routes:
             shape = (self.config.model.num_moe_layers, self.config.model.num_experts_per_tok)
             for request in requests:
@@ -412,7 +411,7 @@ class Engine:
                     request.routes[start[row] : start[row] + count[row]] = routes_RTLK[row, : count[row]]
             prompts = prompts._replace(routes_LRTK=None)
             start = (start + count).astype(np.int32)
-        self._to_prefix_cache(requests, prompts, computed)
+        self._to_prefix_cache(requests, prompts)
         return prompts
 
     def _from_prefix_cache(self, requests: list[_Request], rows: int, length: int) -> tuple[np.ndarray, Prompts]:
@@ -433,7 +432,7 @@ class Engine:
                 start[row] = max(0, request.hits - self.programs.speculates)
         return start, Prompts(cache, states, states + 0)
 
-    def _to_prefix_cache(self, requests: list[_Request], prompts: Prompts, computed: list[int]) -> None:
+    def _to_prefix_cache(self, requests: list[_Request], prompts: Prompts) -> None:
         if self.prefix_cache is None:
             return
         for row, request in enumerate(requests):
