@@ -132,6 +132,21 @@ def test_who_reads_passes_over_what_is_damaged_tells_it_and_renames_nothing(tmp_
     assert checkpoint.steps(tmp_path) == [1, 2, 3]
 
 
+def test_checkpoint_that_the_trainer_deletes_while_it_is_verified_is_not_damaged(tmp_path, monkeypatch):
+    state, told = make_state(mesh(1, 1, 1)), []
+    save(tmp_path, 1, state, keep_last=1)
+    verified = checkpoint.damage
+
+    def meanwhile(directory, step, *part):
+        if step == 1:
+            save(tmp_path, 2, state, keep_last=1)
+            assert checkpoint.steps(tmp_path) == [2]
+        return verified(directory, step, *part)
+
+    monkeypatch.setattr(checkpoint, "damage", meanwhile)
+    assert checkpoint.newest_to_read(tmp_path, told.append) == 2 and not told
+
+
 def test_who_reads_is_told_where_no_checkpoint_is_sound(tmp_path):
     save(tmp_path, 3, make_state(mesh(1, 1, 1)))
     (tmp_path / "3" / "SHA256SUMS").write_text("nothing")

@@ -176,11 +176,16 @@ def newest_sound(directory: Path, pass_over: Callable[[int, str], None], *, veri
         wrong with it.
       verify: whether to look at all; without it, the newest is taken as it is.
     """
-    for step in reversed(steps(directory)):
+    seen: set[int] = set()
+    while left := [step for step in steps(directory) if step not in seen]:
+        step = left[-1]
+        seen.add(step)
         found = damage(directory, step, jax.process_index(), jax.process_count()) if verify else None
         if not any_of(found is not None):
             return step
-        pass_over(step, found or "another process says how")
+        # Gone, it was not damaged: the run that writes here has deleted it meanwhile, and has a newer one.
+        if not any_of(not (directory / str(step)).is_dir()):
+            pass_over(step, found or "another process says how")
     return None
 
 
