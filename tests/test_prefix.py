@@ -1,6 +1,7 @@
 """The prefix cache: what is found is what was kept, for the same model and asker only; files that lie are misses."""
 
 import dataclasses
+import os
 import threading
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def damage_foreign(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_empty, damage_foreign])
-def test_file_that_is_not_what_it_says_is_a_miss(tmp_path, damage):
+def test_file_that_is_not_what_it_says_is_a_miss_and_is_written_anew(tmp_path, damage):
     prefix = PrefixCache(directory=tmp_path)
     cache = kept(prefix)
     names = list(prefix._blocks)
@@ -112,7 +113,30 @@ def test_file_that_is_not_what_it_says_is_a_miss(tmp_path, damage):
     damage(tmp_path / f"{names[1]}{SUFFIX}")
     check(PrefixCache(directory=tmp_path), cache, 1, 1)
     damage(tmp_path / f"{names[0]}{SUFFIX}")
-    check(PrefixCache(directory=tmp_path), cache, 1, 0)
+    again = PrefixCache(directory=tmp_path)
+    check(again, cache, 1, 0)
+    kept(again)
+    again.flush()
+    check(PrefixCache(directory=tmp_path), cache, 1, 3)
+
+
+def test_file_that_another_process_deletes_or_another_user_owns_is_no_error(tmp_path, monkeypatch):
+    prefix = PrefixCache(directory=tmp_path)
+    cache = kept(prefix)
+    prefix.flush()
+    touch, (gone, others) = os.utime, sorted(tmp_path.iterdir())[:2]
+
+    def utime(path, *args):
+        if path == others:
+            raise PermissionError
+        if path == gone and not deleted:
+            deleted.append(path.unlink())
+        return touch(path, *args)
+
+    deleted: list[None] = []
+    monkeypatch.setattr(os, "utime", utime)
+    prefix.flush()
+    check(PrefixCache(directory=tmp_path), cache, 1, 3)
 
 
 def test_limits_are_kept_and_the_least_recently_used_goes_first(tmp_path):

@@ -3,12 +3,13 @@
 A block's key is a hash chain: of the model's fingerprint and the asker's salt, then of every token up to the block's
 end. So a block is found only by the same tokens, from the first on, for the same weights and the same asker. Blocks
 live in memory, the least recently used first to go, and from there to disk, each a file with its own digest; a file
-that is truncated, changed or written for another key is a miss.
+that is truncated, changed or written for another key is a miss, and deleted, so that the block is written anew.
 
 MTP's entry of a token depends on the token after it. So its part of a block is one position behind: what the block's
 own tokens decide, and no token after them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -161,11 +162,13 @@ class PrefixCache:
         if self.directory is None:
             return
         path = self.directory / f"{name}{SUFFIX}"
-        if path.exists():
+        try:
             os.utime(path)
-            return
-        _write(path, name, block)
-        prune(self.directory, self._disk_bytes)
+        except FileNotFoundError:
+            _write(path, name, block)
+            prune(self.directory, self._disk_bytes)
+        except OSError:  # another user's: it is there, and stays as old as it is
+            pass
 
 
 def prune(directory: Path, max_bytes: int) -> int:
@@ -226,12 +229,21 @@ def _write(path: Path, name: str, block: Block) -> None:
 
 
 def _read(path: Path, name: str) -> Block | None:
-    """The block in a file, if it is whole and that of this key."""
+    """The block in a file, if it is whole and that of this key; deletes one that is not."""
     try:
         content = path.read_bytes()
-        os.utime(path)
     except OSError:
         return None
+    block = _parsed(content, name)
+    with contextlib.suppress(OSError):  # another process has deleted it, or it is another user's
+        if block is None:
+            path.unlink()
+        else:
+            os.utime(path)
+    return block
+
+
+def _parsed(content: bytes, name: str) -> Block | None:
     body = content[len(MAGIC) + 32 :]
     if content[: len(MAGIC)] != MAGIC or content[len(MAGIC) : len(MAGIC) + 32] != hashlib.sha256(body).digest():
         return None
