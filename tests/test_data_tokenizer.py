@@ -151,6 +151,26 @@ def test_tiktoken_model_is_copied_whole(moonshot, tmp_path_factory):
     assert tokenizer.load(str(copy / "tiktoken.model")).fingerprint == original.fingerprint
 
 
+def test_fingerprint_of_a_tiktoken_model_is_also_of_its_special_tokens(moonshot):
+    load = lambda: tokenizer.load(str(moonshot / "tiktoken.model"))  # noqa: E731
+    config = json.loads((moonshot / "tokenizer_config.json").read_text())
+    first = load()
+    (moonshot / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "no token's name"}))
+    assert load().fingerprint == first.fingerprint
+    (moonshot / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "[BOS]"}))
+    assert load().eos_id != first.eos_id and load().fingerprint != first.fingerprint
+    config["added_tokens_decoder"]["259"]["content"] = "[OTHER]"
+    (moonshot / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load().encode_template("[BOS]") != first.encode_template("[BOS]")
+    assert load().fingerprint != first.fingerprint
+
+
+def test_code_of_a_tiktoken_model_that_is_no_python_is_told(moonshot):
+    (moonshot / "tokenization_moonshot.py").write_text("pat_str = (")
+    with pytest.raises(ConfigError, match="SyntaxError: .* as published"):
+        tokenizer.load(str(moonshot / "tiktoken.model"))
+
+
 @pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenization_moonshot.py", "tiktoken.model"])
 def test_tiktoken_model_without_what_belongs_to_it_is_told(moonshot, missing):
     (moonshot / missing).unlink()

@@ -184,14 +184,15 @@ class TiktokenTokenizer:
             pattern = _pattern_beside(path)
             self._encoding = tiktoken.Encoding("published", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
             self.eos_id = special[config["eos_token"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
             raise ConfigError(
                 f"{path} cannot be used ({type(error).__name__}: {error}); it needs tokenizer_config.json and"
                 " tokenization_*.py beside it, as published"
             ) from error
         self._ranks, self._path, self._special = len(ranks), path, special
         self.vocab_size = max(len(ranks) + self.RESERVED, 1 + max(special.values()))
-        self.fingerprint = hashlib.sha256(path.read_bytes() + pattern.encode()).hexdigest()
+        named = json.dumps([self.eos_id, special], sort_keys=True)
+        self.fingerprint = hashlib.sha256(path.read_bytes() + pattern.encode() + named.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
