@@ -194,6 +194,9 @@ def test_template_is_found_beside_the_tokenizer(tmp_path):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert find_template(str(tokenizer)) == Template("T", {"bos_token": "<b>", "eos_token": "<e>"})
+    for nothing in ([], {"chat_template": ["T"]}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(nothing))
+        assert find_template(str(tokenizer)) is None
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('only users') }}")
     with pytest.raises(ConfigError, match="cannot render this conversation: only users"):
         find_template(str(tokenizer)).render([])

@@ -71,7 +71,8 @@ def find_template(tokenizer: str) -> Template | None:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        config = {}
+        config = None
+    config = config if isinstance(config, dict) else {}
     names = {}
     for name in ("bos_token", "eos_token"):
         token = config.get(name)
@@ -80,7 +81,8 @@ def find_template(tokenizer: str) -> Template | None:
     own = folder / TEMPLATE_FILE
     source: Any = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     return Template(source, names) if isinstance(source, str) else None
 
 
