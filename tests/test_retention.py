@@ -74,7 +74,12 @@ def test_verify_reads_everything_and_exits_1_for_a_rotten_one(run, capsys):
     assert lines[1] == "step 20: readable, but written without digests"
     assert lines[2].startswith("step 30: damaged: state/d/")
     assert main(["checkpoint", "verify", str(run), "--step", "10"]) == 0
-    assert main(["checkpoint", "verify", str(run), "--step", "11"]) == 1
+    assert main(["checkpoint", "verify", str(run), "--step", "30"]) == 1
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(run), "--step", "11"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("dsjax: there is no checkpoint of step 11 in ") and not told.out
+    assert told.err.endswith("; there are [10, 20, 30, 40]\n")
 
 
 def test_prune_lets_no_rotten_one_take_the_place_of_a_sound_one(run, capsys):

@@ -43,8 +43,11 @@ def verify_checkpoints(run: str | Path, step: int | None = None) -> tuple[list[s
       ConfigError: `run` holds no checkpoint, or none of `step`.
     """
     directory = _directory(run)
+    present = checkpoint.steps(directory)
+    if step is not None and step not in present:
+        raise checkpoint.Damaged(directory, step, "it is not there")
     lines, sound = [], True
-    for one in checkpoint.steps(directory) if step is None else [step]:
+    for one in present if step is None else [step]:
         problem = checkpoint.damage(directory, one)
         sound = sound and problem is None
         if problem:
