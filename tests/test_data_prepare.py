@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import packing, prepare, tokenizer
+from dsjax.inference import kept
 
 TEXTS = [f"document {i}: " + "wörd " * (i % 37) + chr(0x4E00 + i) for i in range(400)]
 
@@ -280,14 +282,25 @@ prepare.prepare(DataConfig(**config))
 
 def test_old_leftovers_are_removed_and_fresh_ones_kept(make, tmp_path):
     data = tmp_path / "data"
-    for name, age in (("old", 2 * prepare.STALE_SECONDS), ("fresh", 0)):
-        work = data / f".text_files-{name}-x"
+    digest, old = "0123456789abcdef", 2 * prepare.STALE_SECONDS
+    ours = {f".text_files-{digest}-abc_12yz": old, f".chat-{digest}-deleted-417": old, f".chat-{digest}-zzzzzzzz": 0}
+    others = {".vscode-server-insiders": old, ".my-old-notes": old, f".text_files-{digest}-notes": old}
+    for name, age in {**ours, **others}.items():
+        work = data / name
         work.mkdir(parents=True)
         (work / "train.tokens").write_bytes(b"1")
         for path in (work / "train.tokens", work):
             os.utime(path, (time.time() - age,) * 2)
     _, prepared = make(TEXTS)
-    assert sorted(os.listdir(data)) == [".text_files-fresh-x", prepared.directory.name]
+    assert sorted(os.listdir(data)) == sorted([f".chat-{digest}-zzzzzzzz", *others, prepared.directory.name])
+
+
+def test_leftovers_are_known_by_the_names_that_we_give(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as killed before
+    make(TEXTS)
+    kept.prune(kept.entries("data", str(tmp_path / "data")), None, None)
+    left = os.listdir(tmp_path / "data")
+    assert len(left) == 2 and all(prepare.LEFTOVER.fullmatch(name) for name in left)
 
 
 def test_damaged_manifest_is_not_taken_for_complete(make):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -35,6 +36,8 @@ FORMAT = 1  # of the manifest and the rows; a change makes older directories unu
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 28
 STALE_SECONDS = 86400.0  # an unfinished directory that nobody wrote to for so long is rubbish
+DIGITS = 16  # of a digest, in a directory's name
+DELETED = "-deleted-"  # then a process number: what `dsjax cache prune` calls a directory that it deletes
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class Chat(PackedText):
 
 
 BUILDERS = {builder.name: builder for builder in (PythonStdlib, TextFiles, HostedText, Chat)}
+# What a killed process leaves, with the eight characters of `tempfile`, and nothing else: others keep hidden
+# directories too, and this one may be somebody's home.
+LEFTOVER = re.compile(rf"\.({'|'.join(BUILDERS)})-[0-9a-f]{{{DIGITS}}}(-[a-z0-9_]{{8}}|{DELETED}\d+)")
 
 
 def prepare(data: DataConfig, progress: bool = True) -> list[Prepared]:
@@ -193,7 +199,7 @@ def _prepare_source(
     else:
         options["fim_rate"] = data.fim_rate
     digest = _digest(options, source.identity)
-    directory = root / f"{source.kind}-{digest[:16]}"
+    directory = root / f"{source.kind}-{digest[:DIGITS]}"
     if directory.exists():
         return _existing(directory, digest)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=root))
@@ -297,6 +303,8 @@ def _digest(options: dict[str, Any], content: str) -> str:
 def _remove_stale(root: Path) -> None:
     """Deletes what killed runs left behind: unfinished directories in which no file changed for a day."""
     for work in root.glob(".*-*-*"):
+        if not LEFTOVER.fullmatch(work.name):
+            continue
         with contextlib.suppress(OSError):  # its owner finished meanwhile
             changed = max(path.stat().st_mtime for path in (work, *work.rglob("*")))
             if time.time() - changed > STALE_SECONDS:

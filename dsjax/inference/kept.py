@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsjax.config import ConfigError, MonitorConfig
-from dsjax.data.prepare import MANIFEST
+from dsjax.data.prepare import DELETED, MANIFEST
 from dsjax.inference.prefix import DIRECTORY as PREFIXES
 from dsjax.inference.prefix import SUFFIX
 
@@ -103,7 +103,7 @@ def prune(found: Sequence[Entry], max_size: str | None, older_than: float | None
 def _delete(entry: Entry) -> None:
     """A directory disappears at once, so that nobody finds half of it."""
     if entry.path.is_dir():
-        hidden = entry.path.with_name(f".{entry.path.name}-deleted-{os.getpid()}")
+        hidden = entry.path.with_name(f".{entry.path.name}{DELETED}{os.getpid()}")
         try:
             os.rename(entry.path, hidden)
         except FileNotFoundError:
