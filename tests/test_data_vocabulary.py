@@ -1,5 +1,6 @@
 """Learning a tokenizer from the text of a config."""
 
+import errno
 import hashlib
 import json
 import os
@@ -136,11 +137,50 @@ def test_a_run_keeps_it_whatever_its_name(data, tmp_path):
     name = str(tmp_path / "mine.json")
     vocabulary.learn(data(tokenizer=name), 400, progress=False)
     learnt = tokenizer.load(name)
-    keep_tokenizer(tmp_path, name)
     assert find_tokenizer(tmp_path, name) == name
+    keep_tokenizer(tmp_path, name)
+    assert tokenizer.load(find_tokenizer(tmp_path, name)).fingerprint == learnt.fingerprint
     Path(name).unlink()
     assert tokenizer.load(find_tokenizer(tmp_path, name)).fingerprint == learnt.fingerprint
     assert find_tokenizer(tmp_path, "bytes") == "bytes"
+
+
+def test_another_file_of_that_name_is_not_the_runs_tokenizer(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        tokenizer.ByteTokenizer().write(folder)
+    keep_tokenizer(run, "tokenizer.json")
+    content = Path("tokenizer.json").read_text()
+    Path("tokenizer.json").write_text(content.replace("}", "} ", 1))
+    assert find_tokenizer(run, "tokenizer.json") == str(run / "tokenizer" / "tokenizer.json")
+    keep_tokenizer(run, "tokenizer.json", step=1)
+    assert (run / "tokenizer" / "tokenizer.json").read_text() == content
+    keep_tokenizer(run, "tokenizer.json")
+    assert (run / "tokenizer" / "tokenizer.json").read_text() != content, "a run of no step may begin with another"
+
+
+def test_the_copy_is_whole_or_not_there(tmp_path, monkeypatch):
+    tokenizer.ByteTokenizer().write(tmp_path)
+    name, run = str(tmp_path / "tokenizer.json"), tmp_path / "run"
+    (run / "tokenizer").mkdir(parents=True)  # as a kill left it in earlier versions
+    write = tokenizer.JsonTokenizer.write
+
+    def half(self, directory):
+        write(self, directory)
+        (directory / "tokenizer_config.json").unlink()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenizer.JsonTokenizer, "write", half)
+    with pytest.raises(ConfigError, match="tokenizer.json' cannot be copied to .*No space left on device"):
+        keep_tokenizer(run, name, step=1)
+    assert find_tokenizer(run, name) == name
+    (run / ".tokenizer.tmp" / "rubbish").write_text("")
+    monkeypatch.setattr(tokenizer.JsonTokenizer, "write", write)
+    keep_tokenizer(run, name, step=1)
+    assert os.listdir(run) == ["tokenizer"]
+    assert sorted(os.listdir(run / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_the_command_takes_both_from_the_config(repository, data, tmp_path, capsys):

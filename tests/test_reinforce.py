@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import types
 
 import jax
 import numpy as np
@@ -10,12 +11,16 @@ import small
 from tiny_runs import change, start, wait_for
 
 from dsjax.config import Config, ConfigError, DataConfig, GRPOConfig, TaskConfig
+from dsjax.data.chat import find_template
+from dsjax.data.tokenizer import ByteTokenizer
 from dsjax.inference.loading import load
 from dsjax.planning import counts
-from dsjax.posttraining import loop
+from dsjax.posttraining import collection, evaluation, loop
 from dsjax.posttraining.collection import collect
-from dsjax.posttraining.evaluation import answer_of, vote
+from dsjax.posttraining.evaluation import Accuracy, answer_of, evaluate_problems, vote
 from dsjax.posttraining.loop import reinforce
+from dsjax.posttraining.rollouts import Sample
+from dsjax.posttraining.tasks import Problem
 from dsjax.training import checkpoint
 from dsjax.training.monitor import read_rows
 from dsjax.training.workdir import CHECKPOINTS, EXPERT_LOAD, METRICS
@@ -209,6 +214,40 @@ def test_what_cannot_be_is_told_before_anything_is_written(config, tmp_path, sec
 def test_another_task_is_another_run(config, straight):
     with pytest.raises(ConfigError, match="task.steps: 1 -> 2"):
         reinforce(change(change(config, "task", steps=2), "training", total_steps=6), straight[0])
+
+
+def test_prompts_are_written_by_the_tokenizer_in_use(config, tmp_path, monkeypatch):
+    for folder, template in (("mine", "mine"), ("run/tokenizer", "the run's"), ("given", "given")):
+        (tmp_path / folder).mkdir(parents=True)
+        ByteTokenizer().write(tmp_path / folder)
+        (tmp_path / folder / "chat_template.jinja").write_text(template)
+    engine = types.SimpleNamespace(config=change(config, "data", tokenizer=str(tmp_path / "given" / "tokenizer.json")))
+    seen = []
+
+    def measure(engine, config, task, template, problems, samples):
+        seen.append(template.source)
+        return Accuracy(0.0, 0.0, [Sample(Problem("1+1=?", "2"), [1], [2], [0.0], "2", is_truncated=False)])
+
+    monkeypatch.setattr(evaluation, "load", lambda *_, **__: engine)
+    monkeypatch.setattr(evaluation, "measure_accuracy", measure)
+    evaluate_problems(str(tmp_path / "run"), None, 1, 1, tokenizer=engine.config.data.tokenizer)
+    assert seen == ["given"]
+
+    # A run by rewards goes on with its own copy, whatever lies where it came from.
+    class Seen(Exception):
+        """Ends the run."""
+
+    def stop(*_, tokenizer, **__):
+        seen.append(tokenizer._path)
+        raise Seen
+
+    monkeypatch.setattr(loop, "Engine", stop)
+    monkeypatch.setattr(loop, "load_policy", lambda *_: types.SimpleNamespace(params=None, router_bias=None))
+    mine = change(config, "data", tokenizer=str(tmp_path / "mine" / "tokenizer.json"))
+    with pytest.raises(Seen):
+        reinforce(mine, tmp_path / "new")
+    assert seen[-1] == tmp_path / "new" / "tokenizer" / "tokenizer.json"
+    assert find_template(str(seen[-1])).source == "mine"
 
 
 def test_votes():

@@ -13,7 +13,6 @@ from dsjax.inference.loading import load
 from dsjax.posttraining.rewards import accuracy_for
 from dsjax.posttraining.rollouts import Sample, draw_samples
 from dsjax.posttraining.tasks import Task, make_task
-from dsjax.training.workdir import find_tokenizer
 
 
 class Accuracy(NamedTuple):
@@ -60,7 +59,7 @@ def evaluate_problems(
         asked = dataclasses.replace(
             asked, training=config.training, data=dataclasses.replace(asked.data, sequence_length=length)
         )
-    template = find_template(find_tokenizer(directory, asked.data.tokenizer))
+    template = find_template(engine.config.data.tokenizer)
     task = make_task(asked.task, asked.training.seed)
     found = measure_accuracy(engine, asked, task, template, problems, samples)
     return {

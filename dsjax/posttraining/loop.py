@@ -103,7 +103,7 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         if position.step >= config.training.total_steps:
             return already_complete(config, workdir, start)
         write_config(workdir, config)
-        keep_tokenizer(workdir, config.data.tokenizer)
+        keep_tokenizer(workdir, config.data.tokenizer, position.step)
 
         keep = config.checkpoint
         saver = checkpoint.Saver(workdir / CHECKPOINTS, keep.keep_last, keep.keep_every, keep.keep_best)
@@ -114,7 +114,8 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         stack.enter_context(contextlib.closing(monitor))
         introduce(monitor, config, mesh, workdir, start)
         net = build_network(config, mesh)
-        text = tokenizers.load(config.data.tokenizer)
+        own = find_tokenizer(workdir, config.data.tokenizer)
+        text = tokenizers.load(own)
         engine = Engine(
             config,
             state.params,
@@ -128,7 +129,7 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         run = Run(
             config=config,
             task=task,
-            template=find_template(find_tokenizer(workdir, config.data.tokenizer)),
+            template=find_template(own),
             mesh=mesh,
             schedule=Schedule(config.training, config.optimizer, config.data.sequence_length),
             judge=judge,

@@ -76,7 +76,7 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
         with refused_by_all():
             if jax.process_index() == 0:
                 write_config(workdir, config)
-                keep_tokenizer(workdir, config.data.tokenizer)
+                keep_tokenizer(workdir, config.data.tokenizer, position.step)
 
         schedule = Schedule(config.training, config.optimizer, config.data.sequence_length)
         chips = machine(config.hardware, config.precision)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,28 @@ class Start:
     losses: list[float | None]  # of the steps before, for `divergence.Watch`
 
 
-def keep_tokenizer(workdir: Path, name: str) -> None:
-    """Copies a tokenizer of files into the run's directory: without it, a run that outlives them is worth nothing."""
-    directory = workdir / TOKENIZER
-    if name in tokenizer.NAMES or directory.exists():
+def keep_tokenizer(workdir: Path, name: str, step: int = 0) -> None:
+    """Copies a tokenizer of files into the run's directory: without it, a run that outlives them is worth nothing.
+
+    Whole or not at all. After its first `step` a run keeps the copy that it has; before, it may have begun with another
+    tokenizer. Raises ConfigError where it cannot be copied.
+    """
+    directory, temporary = workdir / TOKENIZER, workdir / f".{TOKENIZER}.tmp"
+    if name in tokenizer.NAMES or (step > 0 and tokenizer.beside(directory) is not None):
         return
-    directory.mkdir()
-    tokenizer.load(name).write(directory)
+    text = tokenizer.load(name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        text.write(temporary)
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"the tokenizer {name!r} cannot be copied to {directory} ({error.strerror}); look at the space and rights"
+            " there, or choose another --workdir"
+        ) from error
 
 
 def find_start(config: Config, workdir: Path, fingerprint: str, allowed: Sequence[str] = ()) -> Start:

@@ -48,10 +48,12 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 def find_tokenizer(workdir: Path, name: str) -> str:
-    """The tokenizer of a run, called `name` in its config: the run's own copy where it was a file that is gone."""
+    """The tokenizer of a run, called `name` in its config: the run's own copy where it is one of files.
+
+    Another file may lie under that name by now, or under the same relative one somewhere else.
+    """
     own = tokenizer.beside(workdir / TOKENIZER)
-    is_gone = name not in tokenizer.NAMES and not Path(name).expanduser().is_file()
-    return str(own) if own is not None and is_gone else name
+    return name if own is None or name in tokenizer.NAMES else str(own)
 
 
 def write_config(workdir: Path, config: Config) -> None:
