@@ -65,9 +65,10 @@ def settle(path: Path, seconds: float, cost_usd: float) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends `line` whole or not at all, so that the next one begins on a line of its own.
+    """Appends `line` whole, or raises and leaves nothing of it, so that the next one begins on a line of its own.
 
-    In one call to the system: neither a kill nor another reader comes between its halves. Raises OSError.
+    In one call to the system, so that lines of several writers do not mix, and a full disk keeps nothing of it. A kill
+    may cut a long one, of megabytes: who goes on with the file must see to its end. Raises OSError.
     """
     data = line.encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
