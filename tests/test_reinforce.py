@@ -256,6 +256,10 @@ def test_votes():
     assert answer_of(b) == "5" and answer_of("<answer>") is None and answer_of("</answer>") is None
 
 
+def quiet(line):
+    """Instead of print."""
+
+
 def test_worked_solutions_are_collected_and_gone_on_with(config, tmp_path):
     out = tmp_path / "set.jsonl"
     told = []
@@ -266,13 +270,99 @@ def test_worked_solutions_are_collected_and_gone_on_with(config, tmp_path):
     out.write_text("".join(lines[:64]))
     assert collect(config, out, 70, tell=told.append).kept == 70
     assert out.read_text() == whole
-    with pytest.raises(ConfigError, match="collected in another way"):
+    with pytest.raises(ConfigError, match="collected in another way .first: 0 -> 3.; choose another file"):
         collect(config, out, 70, first=3)
+
+
+def test_a_set_grows_by_exactly_what_is_missing(config, tmp_path):
+    straight, out = tmp_path / "straight.jsonl", tmp_path / "set.jsonl"
+    collect(config, straight, 192, first=5, tell=quiet)
+    whole = straight.read_bytes()
+    collect(config, out, 10, first=5, tell=quiet)
+    assert collect(config, out, 100, first=5, tell=quiet) == (100, 100, 100)
+    assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:100])
+    before = (tmp_path / "set.jsonl.progress").read_bytes()
+    assert collect(config, out, 192, first=5, tell=quiet).kept == 192 and out.read_bytes() == whole
+    # Killed in the middle of the last write.
+    out.write_bytes(whole[:-40])
+    (tmp_path / "set.jsonl.progress").write_bytes(before)
+    assert collect(config, out, 192, first=5, tell=quiet).kept == 192 and out.read_bytes() == whole
+    assert collect(config, out, 50, first=5, tell=quiet) == (192, 192, 192), "what the file holds"
+
+
+def test_problems_of_which_nothing_is_kept_are_not_drawn_again(config, tmp_path, monkeypatch):
+    drawn = []
+
+    def accepted(task, config, how):
+        def run(chunk):
+            drawn.extend(index for index, _ in chunk)
+            yield from ({"messages": [], "problem": index} for index, _ in chunk if index % 100 == 50 for _ in "ab")
+
+        return run
+
+    monkeypatch.setattr(collection, "_accepted", accepted)
+    monkeypatch.setattr(collection, "find_step", lambda run: 7)
+    out = tmp_path / "set.jsonl"
+    for problems in (10, 40, 140, 140):
+        done = collect(config, out, problems, "runs/a/rl", samples=2, tell=quiet)
+    assert drawn == list(range(140)) and done == (140, 280, 2)
+    # The second sample of a problem is lost: the problem is done again, and what comes after it.
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+    assert collect(config, out, 140, "runs/a/rl", samples=2, tell=quiet) == done
+    assert drawn[140:] == list(range(50, 140)) and len(read_rows(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("task", {"system": "Think hard."}, "system: None -> 'Think hard.'"),
+        ("task", {"rewards": ("accuracy",)}, "rewards: .* -> ..accuracy.."),
+        ("task", {"weights": (1.0, 2.0)}, "weights: None -> .1.0, 2.0."),
+        ("grpo", {"temperature": 0.7}, "temperature: 1.0 -> 0.7"),
+        ("grpo", {"top_p": 0.9}, "top_p: 1.0 -> 0.9"),
+        ("grpo", {"max_new_tokens": 3}, "max_new_tokens: .* -> 3"),
+        (None, "runs/b/rl", "checkpoint: '.*runs/a/rl' -> '.*runs/b/rl'"),
+        (None, 8, "step: 7 -> 8"),
+    ],
+)
+def test_what_was_collected_in_another_way_is_not_mixed(config, tmp_path, monkeypatch, section, values, told):
+    line = {"messages": [], "problem": 0}
+    monkeypatch.setattr(collection, "_accepted", lambda task, config, how: lambda chunk: iter([line]))
+    monkeypatch.setattr(collection, "find_step", lambda run: step)
+    out, step, checkpoint = tmp_path / "set.jsonl", 7, "runs/a/rl"
+    config = change(config, "task", rewards=("accuracy", "format"))
+    collect(config, out, 1, checkpoint, tell=quiet)
+    if section is None:
+        step, checkpoint = (values, checkpoint) if isinstance(values, int) else (step, values)
+    else:
+        config = change(config, section, **values)
+    with pytest.raises(ConfigError, match=f"set.jsonl was collected in another way .{told}.; choose another file"):
+        collect(config, out, 2, checkpoint, tell=quiet)
+    assert read_rows(out) == [line]
+    out.unlink()
+    assert collect(config, out, 1, checkpoint, tell=quiet).kept == 1, "deleted, as the sentence says"
+
+
+def test_a_set_belongs_to_one_process_and_to_us(config, tmp_path):
+    out = tmp_path / "set.jsonl"
+    with collection._held(out), pytest.raises(ConfigError, match="is being written by another process; stop it"):
+        collect(config, out, 3)
+    out.write_text("notes without an end")
+    with pytest.raises(ConfigError, match="is there without set.jsonl.progress, which tells how"):
+        collect(config, out, 3)
+    assert out.read_text() == "notes without an end"
+    with pytest.raises(ConfigError, match="cannot be written .Is a directory."):
+        collect(config, tmp_path, 3)
+    out.unlink()
+    collect(config, out, 3, tell=quiet)
+    out.write_text(out.read_text() + '{"messages": []}\n')
+    with pytest.raises(ConfigError, match="holds lines that were not collected into it"):
+        collect(config, out, 9)
 
 
 def test_some_solutions_are_the_answer_alone(config, tmp_path):
     out = tmp_path / "set.jsonl"
-    collect(config, out, 300, brief=0.6, tell=lambda line: None)
+    collect(config, out, 300, brief=0.6, tell=quiet)
     texts = [row["messages"][-1]["content"] for row in read_rows(out)]
     assert len(texts) == 300 and 150 < sum(text.startswith("<think></think><answer>") for text in texts) < 210
 
@@ -283,7 +373,7 @@ def test_only_the_right_answers_of_a_model_are_kept(config, straight, tmp_path):
     loose.write_text("def some(prompt, completion, answer):\n    return float(len(completion) % 2)\n")
     generous = change(config, "task", rewards=(f"{loose}:some",))
     out = tmp_path / "set.jsonl"
-    done = collect(generous, out, 8, str(straight[0]), samples=4, tell=lambda line: None)
+    done = collect(generous, out, 8, str(straight[0]), samples=4, tell=quiet)
     rows = read_rows(out)
     assert 0 < done.kept == len(rows) < done.drawn == 32
     assert all(row["messages"][-1]["role"] == "assistant" for row in rows)

@@ -30,7 +30,7 @@ class Ready(NamedTuple):
     router_bias: Any
 
 
-def load(path: str | Path, *, tokenizer: str | None = None, **options: Any) -> Engine:
+def load(path: str | Path, *, tokenizer: str | None = None, step: int | None = None, **options: Any) -> Engine:
     """An engine with the newest sound checkpoint of a run, or with a published checkpoint.
 
     >>> from dsjax.inference import load
@@ -42,13 +42,15 @@ def load(path: str | Path, *, tokenizer: str | None = None, **options: Any) -> E
     Args:
       path: the directory of either.
       tokenizer: as config.data.tokenizer; None: the run's, or the one beside the published weights.
+      step: of a run; None: that of its newest sound checkpoint.
       options: what `Engine` takes by keyword.
 
     Raises:
       ConfigError: there is no usable checkpoint, or the tokenizer does not fit the model.
     """
     directory, speculative = Path(path), bool(options.get("speculative"))
-    step = None if is_published(directory) else find_step(directory)
+    if step is None and not is_published(directory):
+        step = find_step(directory)
     config = read_config(directory, step, tokenizer, mtp=speculative)
     text = tokenizers.load(config.data.tokenizer)
     if text.vocab_size > config.model.vocab_size:
