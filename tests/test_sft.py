@@ -12,9 +12,10 @@ from dsjax.config import Config, ConfigError, DataConfig, GRPOConfig, TaskConfig
 from dsjax.posttraining.collection import collect
 from dsjax.posttraining.distillation import ANSWERS, distill
 from dsjax.training import loop
+from dsjax.training.lock import lock
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
-from dsjax.training.workdir import METRICS
+from dsjax.training.workdir import CHECKPOINTS, CONFIG, METRICS, write_config
 
 MODEL = dataclasses.replace(small.MODEL, vocab_size=264)
 EXACT = ("step", "loss", "mtp_loss", "grad_norm", "validation_loss")
@@ -90,6 +91,29 @@ def test_student_learns_what_the_teacher_got_right(config, straight, tmp_path, c
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="collected in another way"):
         distill(config, str(straight), tmp_path, problems=40, samples=3)
+
+
+def test_another_run_is_left_as_it_is(config, tmp_path):
+    (tmp_path / CHECKPOINTS / "5").mkdir(parents=True)
+    write_config(tmp_path, change(config, "model", hidden_size=2 * config.model.hidden_size))
+    before = (tmp_path / CONFIG).read_bytes()
+    with lock(tmp_path), pytest.raises(ConfigError, match="is in use by process"):
+        distill(config, "nowhere", tmp_path, problems=8, samples=1)
+    with pytest.raises(ConfigError, match="this run was begun with something else .*model.hidden_size: "):
+        distill(config, "nowhere", tmp_path, problems=8, samples=1)
+    assert (tmp_path / CONFIG).read_bytes() == before and not (tmp_path / ANSWERS).exists()
+
+
+def test_what_may_change_is_written_when_the_run_goes_on(config, tmp_path):
+    with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):
+        distill(config, "nowhere", tmp_path, problems=8, samples=1)
+    before = (tmp_path / CONFIG).read_bytes()
+    changed = change(change(config, "training", total_steps=9), "optimizer", clip_norm=0.5)
+    with pytest.raises(ConfigError, match="--allow-change optimizer.clip_norm"):
+        distill(changed, "nowhere", tmp_path, problems=8, samples=1)
+    with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):
+        distill(changed, "nowhere", tmp_path, problems=8, samples=1, allow_change=("optimizer.clip_norm",))
+    assert (tmp_path / CONFIG).read_bytes() == before
 
 
 def test_a_teacher_without_a_right_answer_is_told(config, straight, tmp_path):

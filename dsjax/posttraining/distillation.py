@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsjax.config import Config, ConfigError
+from dsjax.config import Config, ConfigError, to_dict
 from dsjax.posttraining.collection import collect
+from dsjax.training.changes import check_same_run
+from dsjax.training.lock import lock
 from dsjax.training.loop import train
 from dsjax.training.summary import Summary
-from dsjax.training.workdir import claim, write_config
+from dsjax.training.workdir import CHECKPOINTS, CONFIG, claim, read_config, write_config
 
 ANSWERS = "teacher.jsonl"  # in the run's directory
 
@@ -22,17 +24,31 @@ def distill(
     parts go on where they were.
 
     Raises:
-      ConfigError: as `collect` and `train`; or no answer was right.
+      ConfigError: as `collect` and `train`, before anything is written where `workdir` is that of another run; or no
+        answer was right.
     """
     answers = workdir / ANSWERS
     data = dataclasses.replace(config.data, sources=(f"chat:{answers}",))
     config = dataclasses.replace(config, data=data)
     claim(workdir)
-    write_config(workdir, config)
-    done = collect(config, answers, problems, teacher, samples)
+    with lock(workdir):
+        _begin(workdir, config, allow_change)
+        done = collect(config, answers, problems, teacher, samples)
     if not done.kept:
         raise ConfigError(
             f"none of the {done.drawn} answers of {teacher} is right, so there is nothing to learn from; draw more with"
             " --samples, or take a better teacher"
         )
     return train(config, workdir, allow_change)
+
+
+def _begin(workdir: Path, config: Config, allow_change: Sequence[str]) -> None:
+    """Makes `workdir` that of a run under `config` where it is none yet; what is there is left for `train` to change.
+
+    Raises ConfigError where the run that is there cannot go on under `config`.
+    """
+    if (workdir / CONFIG).exists():
+        begun = {"config": to_dict(read_config(workdir)), "data_fingerprint": ""}  # the data may not be there yet
+        check_same_run(begun, config, "", allow_change)
+    elif not (workdir / CHECKPOINTS).exists():
+        write_config(workdir, config)
