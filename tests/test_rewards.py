@@ -148,6 +148,15 @@ def test_totals_are_weighted_and_parts_are_not():
     assert result.total == [1.5, 2.0, 0.0]
     assert result.parts == {"accuracy": [1, 1, 0], "format": [1, 0, 0]}
     assert (result.failed, result.reasons) == (0, [])
+    assert result.is_right == [False, True, False]  # the first has what counts against it
+
+
+def test_a_large_reward_makes_up_for_no_other():
+    large = lambda prompt, completion, answer: 5.0 if completion == "long" else 0.0  # noqa: E731
+    right = lambda prompt, completion, answer: float(completion == "right")  # noqa: E731
+    for weight, expected in ((1.0, [False, False]), (-1.0, [False, True]), (0.0, [False, True])):
+        with Judge({"large": (large, weight), "right": (right, 1.0)}) as judge:
+            assert judge(["p"] * 2, ["long", "right"], ["a"] * 2).is_right == expected
 
 
 def test_each_completion_has_its_own_prompt_and_answer(user):

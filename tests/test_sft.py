@@ -15,7 +15,7 @@ from dsjax.training import loop
 from dsjax.training.lock import lock
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
-from dsjax.training.workdir import CHECKPOINTS, CONFIG, METRICS, write_config
+from dsjax.training.workdir import CHECKPOINTS, CONFIG, METRICS, read_config, write_config
 
 MODEL = dataclasses.replace(small.MODEL, vocab_size=264)
 EXACT = ("step", "loss", "mtp_loss", "grad_norm", "validation_loss")
@@ -107,8 +107,14 @@ def test_another_run_is_left_as_it_is(config, tmp_path):
 def test_what_may_change_is_written_when_the_run_goes_on(config, tmp_path):
     with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):
         distill(config, "nowhere", tmp_path, problems=8, samples=1)
-    before = (tmp_path / CONFIG).read_bytes()
     changed = change(change(config, "training", total_steps=9), "optimizer", clip_norm=0.5)
+    with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):  # nothing is saved yet: it begins anew
+        distill(changed, "nowhere", tmp_path, problems=8, samples=1)
+    assert read_config(tmp_path).optimizer.clip_norm == 0.5
+    with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):
+        distill(config, "nowhere", tmp_path, problems=8, samples=1)
+    before = (tmp_path / CONFIG).read_bytes()
+    (tmp_path / CHECKPOINTS / "5").mkdir(parents=True)
     with pytest.raises(ConfigError, match="--allow-change optimizer.clip_norm"):
         distill(changed, "nowhere", tmp_path, problems=8, samples=1)
     with pytest.raises(ConfigError, match="nowhere holds no checkpoint"):

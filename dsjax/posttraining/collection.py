@@ -220,7 +220,6 @@ def _worked(task: Task, config: Config, brief: float) -> Source:
 def _accepted(task: Task, config: Config, how: dict[str, Any]) -> Source:
     engine, samples = load(how["checkpoint"], step=how["step"], slots=config.grpo.slots), how["samples"]
     template = find_template(engine.config.data.tokenizer)
-    best = sum((1.0,) * len(config.task.rewards) if config.task.weights is None else config.task.weights)
 
     def run(chunk: list[tuple[int, Problem]]) -> Iterator[dict[str, Any]]:
         drawn = draw_samples(engine, config, template, chunk, samples)
@@ -232,9 +231,9 @@ def _accepted(task: Task, config: Config, how: dict[str, Any]) -> Source:
                 [one.problem.answer for one in drawn],
             )
         seen: set[tuple[int, str]] = set()
-        for index, one, reward in zip(indices, drawn, judged.total, strict=True):
+        for index, one, is_right in zip(indices, drawn, judged.is_right, strict=True):
             text = one.text.strip()
-            if reward >= best and (index, text) not in seen:
+            if is_right and (index, text) not in seen:
                 seen.add((index, text))
                 yield _line(config, index, one.problem, text)
 

@@ -10,7 +10,7 @@ from dsjax.training.changes import check_same_run
 from dsjax.training.lock import lock
 from dsjax.training.loop import train
 from dsjax.training.summary import Summary
-from dsjax.training.workdir import CHECKPOINTS, CONFIG, claim, read_config, write_config
+from dsjax.training.workdir import claim, has_checkpoint, read_config, write_config
 
 ANSWERS = "teacher.jsonl"  # in the run's directory
 
@@ -43,12 +43,12 @@ def distill(
 
 
 def _begin(workdir: Path, config: Config, allow_change: Sequence[str]) -> None:
-    """Makes `workdir` that of a run under `config` where it is none yet; what is there is left for `train` to change.
+    """Makes `workdir` that of a run under `config` where nothing is saved yet; later that is left to `train`.
 
     Raises ConfigError where the run that is there cannot go on under `config`.
     """
-    if (workdir / CONFIG).exists():
+    if has_checkpoint(workdir):
         begun = {"config": to_dict(read_config(workdir)), "data_fingerprint": ""}  # the data may not be there yet
         check_same_run(begun, config, "", allow_change)
-    elif not (workdir / CHECKPOINTS).exists():
+    else:
         write_config(workdir, config)

@@ -119,6 +119,7 @@ class Judged(NamedTuple):
 
     total: list[float]  # the weighted sum, one a completion
     parts: dict[str, list[float]]  # by reward: one a completion, without its weight
+    is_right: list[bool]  # whether it has every reward in full, 1 or more, and none whose weight is negative
     failed: int  # rewards that could not be computed and count as 0
     reasons: list[str]  # why: "NAME: PHRASE", the first of each reward
 
@@ -161,8 +162,16 @@ class Judge:
         total = [
             sum(weight * parts[name][i] for name, weight in self._weights.items()) for i in range(len(completions))
         ]
+        is_right = [
+            all(
+                parts[name][i] >= 1 if weight > 0 else parts[name][i] <= 0
+                for name, weight in self._weights.items()
+                if weight
+            )
+            for i in range(len(completions))
+        ]
         reasons = [f"{name}: {phrases[0]}" for name, phrases in failures.items() if phrases]
-        return Judged(total, parts, sum(map(len, failures.values())), reasons)
+        return Judged(total, parts, is_right, sum(map(len, failures.values())), reasons)
 
     def close(self) -> None:
         """Ends the processes; a later call starts them again."""
