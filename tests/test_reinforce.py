@@ -250,6 +250,15 @@ def test_prompts_are_written_by_the_tokenizer_in_use(config, tmp_path, monkeypat
     assert find_template(str(seen[-1])).source == "mine"
 
 
+def test_rollouts_that_do_not_meet_the_checkpoint_are_told(config, straight):
+    """Steps would go 4, 7, 10: past the end at 6, and past every save."""
+    longer = change(change(config, "training", total_steps=6), "evaluation", every_steps=3)
+    longer = change(change(longer, "checkpoint", every_steps=3), "grpo", minibatches=3, reference_every_steps=3)
+    with pytest.raises(ConfigError, match="grpo.minibatches is 3, .* do not meet step 4, .* a divisor of 4"):
+        reinforce(longer, straight[0], ["grpo.minibatches", "grpo.reference_every_steps"])
+    assert checkpoint.steps(straight[0] / CHECKPOINTS) == [2, 4] and len(read_rows(straight[0] / METRICS)) == 4
+
+
 def test_votes():
     a, b = "<answer>4</answer>", "<think>x</think><answer> 5 </answer>"
     assert vote([a, b, b, "none"]) == 1 and vote([a, b]) == 0 and vote(["none", "", a]) == 2 and vote(["", ""]) == 0

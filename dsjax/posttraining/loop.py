@@ -101,7 +101,8 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         start = find_start(config, workdir, task.fingerprint, allow_change)
         position = start.position
         if position.step >= config.training.total_steps:
-            return already_complete(config, workdir, start)
+            return already_complete(workdir, start)
+        check_rollouts(config, position)
         write_config(workdir, config)
         keep_tokenizer(workdir, config.data.tokenizer, position.step)
 
@@ -177,6 +178,16 @@ def check_fit(config: Config, mesh: Mesh) -> None:
         raise ConfigError(
             f"the tokenizer {config.data.tokenizer!r} has {needed} tokens, but model.vocab_size is"
             f" {config.model.vocab_size}; give the one that the weights were trained with"
+        )
+
+
+def check_rollouts(config: Config, position: Position) -> None:
+    """Raises ConfigError unless a rollout begins at `position`: from elsewhere no rollout ends where a run saves."""
+    each, step = config.grpo.minibatches, position.step
+    if step % each:
+        raise ConfigError(
+            f"grpo.minibatches is {each}, but rollouts of so many steps do not meet step {step}, where this run goes"
+            f" on; set it to a divisor of {step}"
         )
 
 
