@@ -19,8 +19,9 @@ from dsjax.posttraining import collection, evaluation, loop
 from dsjax.posttraining.collection import collect
 from dsjax.posttraining.evaluation import Accuracy, answer_of, evaluate_problems, vote
 from dsjax.posttraining.loop import reinforce
+from dsjax.posttraining.rewards import make_judge
 from dsjax.posttraining.rollouts import Sample
-from dsjax.posttraining.tasks import Problem
+from dsjax.posttraining.tasks import Problem, make_task
 from dsjax.training import checkpoint
 from dsjax.training.monitor import read_rows
 from dsjax.training.workdir import CHECKPOINTS, EXPERT_LOAD, METRICS
@@ -257,6 +258,29 @@ def test_rollouts_that_do_not_meet_the_checkpoint_are_told(config, straight):
     with pytest.raises(ConfigError, match="grpo.minibatches is 3, .* do not meet step 4, .* a divisor of 4"):
         reinforce(longer, straight[0], ["grpo.minibatches", "grpo.reference_every_steps"])
     assert checkpoint.steps(straight[0] / CHECKPOINTS) == [2, 4] and len(read_rows(straight[0] / METRICS)) == 4
+
+
+def test_rewards_and_scoring_that_take_long_are_no_stuck_process(config, monkeypatch):
+    """Each of the two steps has 16 samples with two rewards, and is scored once; no step has ended yet."""
+    problem, beats = Problem("1+1=?", "2"), []
+    samples = [Sample(problem, [1], [2], [-1.0], "<answer>2</answer>", False)] * 32
+    monkeypatch.setattr(loop, "sample", lambda *_: samples)
+    monkeypatch.setattr(loop, "gain_experience", lambda *_: (None, 0.0))
+    task = make_task(config.task, 0)
+
+    class Begun(Exception):
+        """The first step."""
+
+    def one_step(*_):
+        raise Begun
+
+    monkeypatch.setattr(loop, "one_step", one_step)
+    monitor = types.SimpleNamespace(restart_clock=lambda: None)
+    watchdog = types.SimpleNamespace(beat=lambda: beats.append(1))
+    with make_judge(config.task, task) as judge, pytest.raises(Begun):
+        run = types.SimpleNamespace(config=config, task=task, judge=judge, monitor=monitor, watchdog=watchdog)
+        loop.one_rollout(run, None, None, loop.Position(0, 0), None)
+    assert len(beats) == 2 * 16 * 2 + 2
 
 
 def test_votes():

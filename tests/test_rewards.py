@@ -166,6 +166,13 @@ def test_each_completion_has_its_own_prompt_and_answer(user):
             assert judge(["p", "pp"], ["", "ccc"], ["a", ""]).total == [101, 32]
 
 
+def test_every_reward_is_told_as_it_is_known(user):
+    told = []
+    with Judge({"mine": (user("return 1 / 0"), 1.0), "format": (format, 1.0)}) as judge:
+        judge(["p"] * 3, ["c"] * 3, ["a"] * 3, lambda: told.append(1))
+    assert len(told) == 6
+
+
 def test_lists_of_other_lengths_are_refused():
     with pytest.raises(ValueError), make_judge(TaskConfig(), TASK) as judge:
         judge(["p"], [GOOD, GOOD], ["12", "12"])

@@ -265,7 +265,10 @@ def one_rollout(
     samples = sample(run, state, problems)
     drawn = time.monotonic()
     judged = run.judge(
-        [one.problem.prompt for one in samples], [one.text for one in samples], [one.problem.answer for one in samples]
+        [one.problem.prompt for one in samples],
+        [one.text for one in samples],
+        [one.problem.answer for one in samples],
+        run.watchdog.beat,
     )
     if judged.failed:
         monitor.warn(f"{judged.failed} rewards could not be computed and count as 0 ({'; '.join(judged.reasons)})")
@@ -279,6 +282,7 @@ def one_rollout(
         part = range(number * config.training.batch_size, (number + 1) * config.training.batch_size)
         experience, gap = gain_experience(run, state, reference, [samples[i] for i in part], advantage[part])
         minibatches.append((experience, told_of(samples, judged, groups, part, config) | {"log_prob_gap": gap}))
+        run.watchdog.beat()
     seconds["scoring_seconds"] = time.monotonic() - begun
     # Drawing and scoring were for all steps of the rollout; its first row has their time.
     rate = sum(len(one.tokens) for one in samples) / seconds["rollout_seconds"]

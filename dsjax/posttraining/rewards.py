@@ -8,7 +8,7 @@ Source: DeepSeek-R1, section 2.2.2 (accuracy and format) and 2.3.2 (language con
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,8 +147,17 @@ class Judge:
             for name, (reward, _) in rewards.items()
         }
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> Judged:
-        """The rewards of completions[i] to prompts[i], answers[i] being right. Raises ValueError for other lengths."""
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        answers: Sequence[str],
+        on_result: Callable[[], None] = lambda: None,
+    ) -> Judged:
+        """The rewards of completions[i] to prompts[i], answers[i] being right. Raises ValueError for other lengths.
+
+        `on_result` is called as each reward is known; what it raises ends the judging.
+        """
         parts: dict[str, list[float]] = {}
         failures: dict[str, list[str]] = {}
         for name, reward in self._scores.items():
@@ -159,6 +168,7 @@ class Judge:
                 except RewardError as error:
                     parts[name].append(0.0)
                     failures[name].append(str(error))
+                on_result()
         total = [
             sum(weight * parts[name][i] for name, weight in self._weights.items()) for i in range(len(completions))
         ]
