@@ -17,7 +17,7 @@ from dsjax.planning.layout import nearest_batch
 from dsjax.planning.memory import kept_per_layer
 from dsjax.planning.plan import knobs, make_plan, notes
 from dsjax.planning.roofline import EFFICIENCY, LINK_EFFICIENCY, StepTime, step_time
-from dsjax.planning.search import meshes, search
+from dsjax.planning.search import best_plan, meshes, search
 
 ON_H800 = """
     training.batch_size=16384 training.microbatch_size=2048 training.initial_batch_size=2048
@@ -170,12 +170,29 @@ def test_search_finds_only_what_divides_and_fits(v3_file):
         assert one.peak <= limit and one.config.training.batch_size % one.config.training.microbatch_size == 0
     times = [one.step_seconds for one in found.ranked]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "chips", "given", "told"),
+    [
+        ("deepseek_v3", "v5p", 1024, [], "training.initial_batch_size=None --config.training.batch_ramp_tokens=0"),
+        ("deepseek_v3", "h800", 2048, [], "evaluation.sequences=2048 --config.dispatch.ranks_per_node=8"),
+        ("deepseek_v2_lite", "h100", 64, ["dispatch.form=all_gather"], "dispatch.form=auto"),
+        ("tiny", "h100", 8, ["dispatch.form=local", "mesh.expert=1"], "dispatch.form=auto"),
+        ("tiny", "h100", 8, ["dispatch.ranks_per_node=4"], "dispatch.ranks_per_node=None"),
+    ],
+)
+def test_overrides_of_a_search_are_the_plan_that_it_shows(repository, name, chip, chips, given, told):
+    file, chip = str(repository / "configs" / f"{name}.py"), hardware.get(chip)
+    found = search(load(file, given), chip, chips)
     best = found.ranked[0]
-    again = load(v3_file, [word.removeprefix("--config.") for word in best.overrides.split()] + [
-        "precision=bf16", "fp8.working_copy=false", "training.initial_batch_size=None", "training.batch_ramp_tokens=0",
-        f"evaluation.sequences={1024}",
-    ])  # fmt: skip
-    assert make_plan(again, V5P, 1024, 1e12).memory.peak == best.peak
+    assert told in best.overrides
+    for one in found.ranked[:: max(1, len(found.ranked) // 4)]:
+        again = load(file, [*given, *(word.removeprefix("--config.") for word in one.overrides.split())])
+        plan = make_plan(again, chip, chips, 1e12)
+        assert (plan.memory.peak, plan.time.expected) == (one.peak, one.step_seconds)
+        assert plan == make_plan(one.config, chip, chips, 1e12)
+    assert best_plan(found, chip, chips, 1e12) == make_plan(best.config, chip, chips, 1e12)
 
 
 def test_search_cuts_only_data_over_slices(v3_file):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from dsjax.config import Config, MeshConfig
 from dsjax.planning import layout
@@ -15,6 +16,11 @@ from dsjax.planning.roofline import node_of, step_time
 REMATS = ("none", "deepseek", "full")
 CHUNKS = (1, 2, 4, 8, 16)
 MOST_SEQUENCES = 16  # of a device, in a microbatch
+# What a search settles by itself; told where the configuration has it otherwise.
+SETTLED = (
+    *("training.initial_batch_size", "training.batch_ramp_tokens", "evaluation.sequences"),
+    *("dispatch.form", "dispatch.ranks_per_node"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,13 @@ class Candidate:
     """A configuration that fits."""
 
     config: Config
+    asked: Config  # what was searched from
     peak: float  # bytes
     step_seconds: float  # expected
 
     @property
     def overrides(self) -> str:
-        """What to put on the command line for it."""
+        """What to put on the command line for it, behind what was searched from."""
         config = self.config
         values = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in ("data", "fsdp", "expert")}
         values |= {
@@ -36,8 +43,10 @@ class Candidate:
             "training.remat": config.training.remat,
             "dispatch.chunks": config.dispatch.chunks,
         }
-        if config.dispatch.ranks_per_node is not None:
-            values["dispatch.ranks_per_node"] = config.dispatch.ranks_per_node
+        for name in SETTLED:
+            value = attrgetter(name)(config)
+            if value != attrgetter(name)(self.asked):
+                values[name] = value
         return " ".join(f"--config.{name}={value}" for name, value in values.items())
 
 
@@ -72,10 +81,10 @@ def search(config: Config, chip: Hardware, chips: int) -> Found:
                     peak = memory(one, sizes, form, splash=has_splash(one, chip)).peak
                     tried += 1
                     if peak <= limit:
-                        fitting = Candidate(one, peak, step_time(one, sizes, form, chip).expected)
+                        fitting = Candidate(one, config, peak, step_time(one, sizes, form, chip).expected)
                         break  # more chunks save memory, not time
                     if least is None or peak < least.peak:
-                        least = Candidate(one, peak, math.nan)
+                        least = Candidate(one, config, peak, math.nan)
                 if fitting is not None:
                     ranked.append(fitting)
     return Found(tried, sorted(ranked, key=lambda one: one.step_seconds), None if ranked else least, batch)
@@ -111,7 +120,10 @@ def _changed(config: Config, mesh: MeshConfig, batch: int, micro: int, remat: st
         batch_ramp_tokens=0,
     )
     dispatch = dataclasses.replace(config.dispatch, form="auto", ranks_per_node=node)
-    return dataclasses.replace(config, mesh=mesh, training=training, dispatch=dispatch)
+    devices = mesh.data * mesh.fsdp * mesh.expert
+    sequences = layout.nearest_batch(config.evaluation.sequences, devices)  # a run refuses what does not divide
+    evaluation = dataclasses.replace(config.evaluation, sequences=sequences)
+    return dataclasses.replace(config, mesh=mesh, training=training, dispatch=dispatch, evaluation=evaluation)
 
 
 def _chunked(config: Config, devices: int) -> Iterator[Config]:
