@@ -44,7 +44,7 @@ Any field of the configuration can be set: --config.section.field=value. `dsjax 
 """
 
 # What the system says of paths that a user gave; any other error of the system's is told with its traceback.
-USERS_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+USERS_ERRORS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 # On a simulated mesh all devices share the cores, so ranks of one collective can arrive minutes apart.
 SIMULATED_FLAGS = (
     "--xla_force_host_platform_device_count={devices}"

@@ -161,6 +161,13 @@ def test_arguments_reach_generate_report_and_bench(called, tiny, capsys):
     assert json.loads(capsys.readouterr().out) == {"mfu": 0.5}
 
 
+def test_a_directory_for_a_file_is_one_sentence(monkeypatch, tiny, tmp_path, capsys):
+    writes = types.SimpleNamespace(train=lambda *_: tmp_path.write_text("x"))
+    monkeypatch.setitem(sys.modules, "dsjax.training.loop", writes)
+    assert main(["train", "--config", tiny, "--workdir", "w"]) == 2
+    assert capsys.readouterr().err == f"dsjax: {tmp_path} cannot be used (Is a directory)\n"
+
+
 def test_exit_status_of_train_is_passed_on(monkeypatch, tiny):
     stopped = types.SimpleNamespace(train=lambda *_: types.SimpleNamespace(exit_code=130))
     monkeypatch.setitem(sys.modules, "dsjax.training.loop", stopped)

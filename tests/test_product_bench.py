@@ -124,12 +124,14 @@ def test_command_prints_json_and_writes_the_table(monkeypatch, tmp_path, capsys)
         ("--products --tokens 16,", "--tokens is 16,,"),
         ("--products --steps 12", "--steps is for a train step"),
         ("--products --baseline bf16", "--baseline is for a train step"),
+        ("--products --table tests", "--table: tests is a directory; name a file"),
         ("--products --config.training.seed=1", "reads no config file"),
         ("--products --config configs/tiny.py", "not allowed with"),
         ("", "one of the arguments --config --products is required"),
         ("--config configs/tiny.py --tokens 16", "--tokens is for --products"),
     ],
 )
-def test_options_without_effect_are_told(words, told, capsys):
+def test_options_without_effect_are_told(words, told, capsys, monkeypatch, repository):
+    monkeypatch.chdir(repository)
     assert main(["bench", *words.split()]) == 2
     assert told in capsys.readouterr().err

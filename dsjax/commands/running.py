@@ -148,6 +148,8 @@ def _bench_products(args: argparse.Namespace) -> None:
     tokens = None if args.tokens is None else _whole_numbers("--tokens", args.tokens, 16)
     if args.table is not None and not Path(args.table).parent.is_dir():
         raise ConfigError(f"--table: the directory {Path(args.table).parent} does not exist; create it first")
+    if args.table is not None and Path(args.table).is_dir():
+        raise ConfigError(f"--table: {args.table} is a directory; name a file, as in {args.table}/products.md")
     from dsjax.training.product_bench import product_bench, table
 
     figures = product_bench(tokens)
