@@ -168,6 +168,24 @@ def test_a_directory_for_a_file_is_one_sentence(monkeypatch, tiny, tmp_path, cap
     assert capsys.readouterr().err == f"dsjax: {tmp_path} cannot be used (Is a directory)\n"
 
 
+def test_eval_and_collect_need_no_weights_of_their_config(monkeypatch, repository, tmp_path, capsys):
+    """Those that count are of --checkpoint; the runs of this config are not there."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    evaluate = types.SimpleNamespace(evaluate_problems=lambda _, config, *rest: asked.append(config) or {})
+    collect = types.SimpleNamespace(
+        collect=lambda config, *_: asked.append(config) or types.SimpleNamespace(kept=1, drawn=1, problems=1)
+    )
+    monkeypatch.setitem(sys.modules, "dsjax.posttraining.evaluation", evaluate)
+    monkeypatch.setitem(sys.modules, "dsjax.posttraining.collection", collect)
+    config = str(repository / "configs" / "r1_tiny.py") + ":rl"
+    assert main(["eval", "--checkpoint", "run", "--problems", "3", "--config", config]) == 0
+    assert main(["collect", "--out", "set.jsonl", "--problems", "3", "--config", config]) == 0
+    assert [one.init_from for one in asked] == ["runs/r1_tiny/cold_start"] * 2
+    assert main(["sft", "--workdir", "w", "--config", config]) == 2
+    assert "init_from" in capsys.readouterr().err
+
+
 def test_exit_status_of_train_is_passed_on(monkeypatch, tiny):
     stopped = types.SimpleNamespace(train=lambda *_: types.SimpleNamespace(exit_code=130))
     monkeypatch.setitem(sys.modules, "dsjax.training.loop", stopped)

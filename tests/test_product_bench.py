@@ -13,6 +13,7 @@ from dsjax.__main__ import main
 from dsjax.numerics.grouped_matmul import Groups
 from dsjax.numerics.linear import linear
 from dsjax.numerics.recipe import recipe
+from dsjax.training import cluster
 from dsjax.training import product_bench as products
 
 N, K = 48, 160
@@ -122,16 +123,25 @@ def test_command_prints_json_and_writes_the_table(monkeypatch, tmp_path, capsys)
         ("--products --tokens 17", "--tokens is 17, but must be multiples of 16"),
         ("--products --tokens 0", "--tokens is 0"),
         ("--products --tokens 16,", "--tokens is 16,,"),
-        ("--products --steps 12", "--steps is for a train step"),
-        ("--products --baseline bf16", "--baseline is for a train step"),
+        ("--products --steps 12", "--steps is for a model"),
+        ("--products --baseline bf16", "--baseline is for a model"),
+        ("--products --decode", "--decode is for a model, and --products times products alone"),
         ("--products --table tests", "--table: tests is a directory; name a file"),
         ("--products --config.training.seed=1", "reads no config file"),
         ("--products --config configs/tiny.py", "not allowed with"),
         ("", "one of the arguments --config --products is required"),
         ("--config configs/tiny.py --tokens 16", "--tokens is for --products"),
+        ("--config configs/tiny.py --decode --checkpoint", "--checkpoint is for a train step"),
+        ("--config configs/tiny.py --decode --distributed", "--distributed is for a train step"),
+        (
+            "--config configs/tiny.py --decode --coordinator h:1 --processes 2 --process 0",
+            "--coordinator is for a train",
+        ),
     ],
 )
 def test_options_without_effect_are_told(words, told, capsys, monkeypatch, repository):
     monkeypatch.chdir(repository)
+    monkeypatch.setattr(cluster, "find", lambda *_: None)
+    monkeypatch.setattr(cluster, "join", lambda _: None)
     assert main(["bench", *words.split()]) == 2
     assert told in capsys.readouterr().err

@@ -138,6 +138,8 @@ def test_a_teacher_without_a_right_answer_is_told(config, straight, tmp_path):
         (["distill", "--workdir", "x", "--teacher", "x", "--problems", "1", "--samples", "0"], "--samples is 0"),
         (["eval", "--checkpoint", "x", "--problems", "0"], "--problems is 0"),
         (["eval", "--checkpoint", "x", "--samples", "2", "--data", "python_stdlib"], "only with --problems"),
+        (["eval", "--checkpoint", "x", "--problems", "2", "--text-key", "text"], "--text-key has a meaning only with"),
+        (["eval", "--checkpoint", "x", "--tasks", "arc", "--text-key", "body"], "--text-key has a meaning only with"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(capsys, arguments, told):

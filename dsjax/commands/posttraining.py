@@ -42,6 +42,7 @@ def add_to(add: Add) -> None:
         "collect", _collect, "write a set for sft: a task's worked solutions, or a model's that were accepted"
     )
     add_config(collect, example=EXAMPLE)
+    collect.set_defaults(needs_weights=False)  # its config says what to solve, --checkpoint who does
     add_devices(collect)
     collect.add_argument("--out", required=True, type=path, metavar="FILE.jsonl", help="gone on with if it is there")
     collect.add_argument("--checkpoint", type=path, metavar="PATH", help="whose samples; default: worked solutions")

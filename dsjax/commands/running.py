@@ -110,8 +110,8 @@ def _bench(args: argparse.Namespace, config: Config | None) -> None:
     if args.batch is not None and not args.decode:
         raise ConfigError("--batch is for --decode; leave it out")
     if args.decode:
-        for flag in ("baseline", "steps"):
-            if getattr(args, flag) is not None:
+        for flag in ("baseline", "steps", "checkpoint", "distributed", "coordinator"):
+            if getattr(args, flag) not in (None, False):
                 raise ConfigError(f"--{flag} is for a train step, which --decode does not time; leave it out")
         from dsjax.inference.decode_bench import decode_bench
 
@@ -142,9 +142,9 @@ def _bench_checkpoint(args: argparse.Namespace, config: Config) -> None:
 
 
 def _bench_products(args: argparse.Namespace) -> None:
-    for flag in ("baseline", "steps", "checkpoint", "batch", "distributed", "coordinator"):
+    for flag in ("baseline", "steps", "checkpoint", "decode", "batch", "distributed", "coordinator"):
         if getattr(args, flag) not in (None, False):
-            raise ConfigError(f"--{flag} is for a train step, which --products does not time; leave it out")
+            raise ConfigError(f"--{flag} is for a model, and --products times products alone; leave it out")
     tokens = None if args.tokens is None else _whole_numbers("--tokens", args.tokens, 16)
     if args.table is not None and not Path(args.table).parent.is_dir():
         raise ConfigError(f"--table: the directory {Path(args.table).parent} does not exist; create it first")

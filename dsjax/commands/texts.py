@@ -16,7 +16,10 @@ def add_to(add: Add) -> None:
         add("generate", _generate, "continue a prompt with a run's newest checkpoint, or with a published one")
     )
 
-    evaluate = add("eval", _eval, "measure the perplexity of a run or a published checkpoint on a dataset")
+    evaluate = add(
+        "eval", _eval, "measure a run or a published checkpoint: perplexity, harness tasks, or accuracy on problems"
+    )
+    evaluate.set_defaults(needs_weights=False)  # the weights are those of --checkpoint
     add_devices(evaluate)
     evaluate.add_argument("--checkpoint", required=True, type=path, metavar="PATH", help="as of generate")
     on = evaluate.add_mutually_exclusive_group(required=True)
@@ -26,7 +29,7 @@ def add_to(add: Add) -> None:
     evaluate.add_argument("--samples", type=int, metavar="K", help="of --problems: of each, and they vote; default 1")
     add_config(evaluate, evaluate.add_argument_group("of --problems"), example="configs/r1_tiny.py")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N examples of each task")
-    evaluate.add_argument("--text-key", default="text", metavar="NAME", help="the field of records with the text")
+    evaluate.add_argument("--text-key", metavar="NAME", help="the field of records with the text; default: text")
     evaluate.add_argument("--documents", type=int, metavar="N", help="the first N only")
     evaluate.add_argument("--sequence-length", type=int, metavar="T", help="context; default: as in training, or 2048")
     evaluate.add_argument("--tokenizer", type=path, metavar="NAME", help="as of generate")
@@ -109,7 +112,7 @@ def _generate(args: argparse.Namespace, config: None) -> None:
 
 
 EVAL_FLAGS = {  # what is measured: what else it takes
-    "data": ("documents", "sequence_length"),
+    "data": ("text_key", "documents", "sequence_length"),
     "tasks": ("limit",),
     "problems": ("samples", "config"),
 }
@@ -142,7 +145,8 @@ def _eval(args: argparse.Namespace, config: Config | None) -> None:
         return
     from dsjax.inference.evaluation import evaluate
 
-    figures = evaluate(args.checkpoint, args.data, args.text_key, args.documents, args.sequence_length, args.tokenizer)
+    key = "text" if args.text_key is None else args.text_key
+    figures = evaluate(args.checkpoint, args.data, key, args.documents, args.sequence_length, args.tokenizer)
     print(json.dumps(figures, indent=2))
 
 
