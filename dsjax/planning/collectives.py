@@ -72,7 +72,7 @@ def flows(config: Config, sizes: Mapping[str, int], form: str, node: int | None 
     microbatches = config.training.batch_size // config.training.sequences_per_microbatch
     found = [
         *_weight_flows(config, sizes, node, microbatches),
-        *_embedding_flows(config, sizes, node, microbatches),
+        *_embedding_flows(config, sizes, node),
         *_token_flows(config, sizes, form, node),
     ]
     return tuple(flow for flow in found if flow.total)
@@ -152,7 +152,7 @@ def _add(sums: list[float], bytes_: tuple[float, float], times: int = 1) -> None
     sums[1] += times * bytes_[1]
 
 
-def _embedding_flows(config: Config, sizes: Mapping[str, int], node: int | None, microbatches: int) -> list[Flow]:
+def _embedding_flows(config: Config, sizes: Mapping[str, int], node: int | None) -> list[Flow]:
     """Each device looks up its features of the tokens of all; MTP looks up the next tokens too."""
     passes = 1 + config.model.num_nextn_predict_layers
     width = config.model.hidden_size * (FP32 if config.precision == "fp32" else 2)

@@ -129,22 +129,23 @@ def of_plan(plan: Plan) -> list[Figure]:
     ]
     for case, seconds in (("expected", time.expected), ("serial", time.serial), ("all hidden", time.hidden)):
         source = f"dsjax/planning/roofline.py: {case}"
-
-        def add(figure: str, value: float, unit: str, case: str = case, source: str = source) -> None:
-            found.append(Figure(name, f"{figure}, {case}", value, unit, "estimated", source))
-
-        add("MFU", plan.mfu(seconds), "share")
-        add("hours", plan.chip_hours(seconds), f"{plan.chip.name} hours")
-        add("days", plan.run_seconds(seconds) / 86400, "days")
-        add("hours over DeepSeek-V3's", plan.chip_hours(seconds) / v3_hours, "ratio")
+        told = [
+            ("MFU", plan.mfu(seconds), "share", source),
+            ("hours", plan.chip_hours(seconds), f"{plan.chip.name} hours", source),
+            ("days", plan.run_seconds(seconds) / 86400, "days", source),
+            ("hours over DeepSeek-V3's", plan.chip_hours(seconds) / v3_hours, "ratio", source),
+        ]
         dollars = plan.dollars(seconds)
         if dollars is not None:
             own = plan.config.hardware.price_per_chip_hour is not None
             whose = "hardware.price_per_chip_hour" if own else plan.chip.price_source
             price = f"{source}, at ${plan.price:g} an hour: {whose}"
-            add("cost", dollars, "dollars", source=price)
-            add("cost per trillion tokens", dollars / plan.tokens * 1e12, "dollars", source=price)
-            add("cost over DeepSeek-V3's", dollars / v3_dollars, "ratio", source=price)
+            told += [
+                ("cost", dollars, "dollars", price),
+                ("cost per trillion tokens", dollars / plan.tokens * 1e12, "dollars", price),
+                ("cost over DeepSeek-V3's", dollars / v3_dollars, "ratio", price),
+            ]
+        found += [Figure(name, f"{figure}, {case}", value, unit, "estimated", by) for figure, value, unit, by in told]
     return found
 
 

@@ -397,7 +397,7 @@ def one_step(
     return state, position, run.monitor.measure(step)
 
 
-def already_complete(config: Config, workdir: Path, start: Start) -> Summary:
+def already_complete(workdir: Path, start: Start) -> Summary:
     """Says that there is nothing to do, and what came out."""
     position = start.position
     meta = checkpoint.read_meta(workdir / CHECKPOINTS, position.step)

@@ -23,7 +23,7 @@ from dsjax.model.transformer import Network, Transformer
 from dsjax.posttraining.grpo import Experience, by_layer
 from dsjax.posttraining.tasks import Problem
 from dsjax.sharding import AXES, BATCH
-from dsjax.training.objective import Targets, read_targets
+from dsjax.training.objective import read_targets
 
 OPENING_TOKENS = 16  # at a prompt's end, among which there is a <think> if there is one
 
@@ -170,7 +170,7 @@ def make_scorer(config: Config, net: Network, mesh: Mesh) -> Callable[..., Score
         read = read_targets(rows_BT, True)
         hidden_BTD = model(read.inputs_BT, None, read.first_BT, by_layer(routes_BTLK)).hidden_BTD
         if keeps_choice:
-            kept_BTW = _choices(model, hidden_BTD, read, config)
+            kept_BTW = _choices(model, hidden_BTD, config)
         execution, chunk = net.execution, config.training.loss_chunk_size
         found = token_log_probs(
             hidden_BTD, model.head_DV, read.labels_BT, execution.mesh, execution.recipe, chunk, kept_BTW
@@ -206,7 +206,7 @@ def make_scorer(config: Config, net: Network, mesh: Mesh) -> Callable[..., Score
     return run
 
 
-def _choices(model: Transformer, hidden_BTD: jax.Array, read: Targets, config: Config) -> jax.Array:
+def _choices(model: Transformer, hidden_BTD: jax.Array, config: Config) -> jax.Array:
     """What temperature and top_p leave of the vocabulary at each position, packed [B, T, W]."""
     batch, length, _ = hidden_BTD.shape
     size = max(n for n in range(1, min(LOGIT_POSITIONS, length) + 1) if length % n == 0)
