@@ -32,8 +32,8 @@ examples:
   dsjax inspect tiny-bf16
   dsjax generate --checkpoint runs/tiny --prompts prompts.jsonl --out texts.jsonl
   dsjax eval --checkpoint runs/tiny --data text_files:books
-  dsjax sft --config configs/r1_tiny.py:cold_start --workdir runs/r1/cold_start
-  dsjax grpo --config configs/r1_tiny.py:rl --workdir runs/r1/rl
+  dsjax sft --config configs/r1_tiny.py:cold_start --workdir runs/r1_tiny/cold_start
+  dsjax grpo --config configs/r1_tiny.py:rl --workdir runs/r1_tiny/rl
   dsjax cache size
   dsjax bench --config configs/bench.py --baseline dense
   dsjax plan --config configs/deepseek_v3.py --hardware v5p --chips 1024 --search
