@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,10 @@ from dsjax.aot.hlo import Program, array_bytes, readable
 from dsjax.aot.work import flops_per_device
 from dsjax.config import ConfigError, DispatchConfig
 from dsjax.model import dispatch as travel
+from dsjax.model.causal import splash_attention
+from dsjax.numerics.grouped_matmul import Groups
+from dsjax.numerics.linear import linear
+from dsjax.numerics.recipe import recipe
 from dsjax.planning import counts, hardware
 from dsjax.planning.plan import make_plan
 
@@ -161,6 +166,36 @@ def test_work_counts_what_a_kernel_writes_and_nothing_that_is_not_read():
     run = jax.shard_map(local, mesh=small.mesh(2), in_specs=spec, out_specs=spec, check_vma=False)
     program = jax.make_jaxpr(run)(jnp.ones((32, 8))).jaxpr
     assert flops_per_device(program, 2, while_trips=1) == 2 * (2 * 8 * 8 * 8)
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("form", ["hopper", "triton", "mosaic"])
+def test_work_counts_native_fp8_products(form, is_grouped):
+    """Fprop, Dgrad and Wgrad of 256 rows, or of two experts' 128 each."""
+    mesh, everywhere = small.mesh(), PartitionSpec()
+    how = dataclasses.replace(recipe("fp8_deepseek", mesh=mesh), native=form)
+
+    def dense(x, w):
+        return linear(x, w, how)
+
+    def grouped(x, w):
+        local = lambda x, w: linear(x, w, how.after_dispatch, Groups(jnp.array([128, 128]), 128))  # noqa: E731
+        return jax.shard_map(local, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(x, w)
+
+    def loss(x, w):
+        return jnp.sum((grouped if is_grouped else dense)(x, w).astype(jnp.float32))
+
+    x = jax.ShapeDtypeStruct((256, 512) if is_grouped else (1, 256, 512), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((2, 512, 256) if is_grouped else (512, 256), jnp.float32)
+    program = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(x, w).jaxpr
+    assert flops_per_device(program, 1, while_trips=1) == 3 * (2 * 256 * 512 * 256)
+
+
+def test_work_of_splash_attention_is_that_of_the_blocks_it_does():
+    """Of 8 x 8 blocks causality leaves 36."""
+    q, v = (jax.ShapeDtypeStruct((1, 4096, 2, size), jnp.bfloat16) for size in (192, 128))
+    program = jax.make_jaxpr(partial(splash_attention, scale=1.0))(q, q, v).jaxpr
+    assert flops_per_device(program, 1, while_trips=0) == 2 * 36 / 64 * 2 * 4096**2 * (192 + 128)
 
 
 def test_work_equals_the_compilers_count_without_loops():

@@ -10,12 +10,13 @@ from tiny_runs import STEPS, change, exact, quick_runs, tiny_run
 
 from dsjax.sharding import replicated
 from dsjax.training import checkpoint, loop
-from dsjax.training.device_check import DeviceCheck, odd_ones
+from dsjax.training.device_check import DeviceCheck, first_layers, odd_ones
 from dsjax.training.loop import train
 from dsjax.training.monitor import read_rows
 from dsjax.training.workdir import CHECKPOINTS, METRICS
 
-CONFIG = small.config(data=4, expert=2)
+# Chunks that divide a microbatch's tokens need not divide those of the fixed batch.
+CONFIG = small.config(data=4, expert=2, dispatch=dataclasses.replace(small.ROOMY, chunks=3))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,12 @@ def test_one_flipped_bit_in_one_copy_is_found_wherever_it_is(check, state, devic
 def test_arithmetic_that_has_changed_is_found(check, state, monkeypatch):
     monkeypatch.setattr(check, "_first", np.nextafter(check._first, np.float32(0)))
     assert "a fixed batch has the loss" in check.problem(state)
+
+
+@pytest.mark.parametrize(("dense", "routed"), [(0, True), (1, True), (3, True), (4, False)])
+def test_a_few_layers_have_experts_where_the_model_has_them(dense, routed):
+    model = dataclasses.replace(CONFIG.model, num_hidden_layers=4, first_k_dense_replace=dense)
+    assert (first_layers(model).num_moe_layers > 0) == routed
 
 
 def test_the_one_that_differs_is_odd():

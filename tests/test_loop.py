@@ -262,6 +262,17 @@ def test_a_damaged_config_beside_checkpoints_does_not_lose_the_run(config, strai
     assert "is complete" in capsys.readouterr().out
 
 
+def test_validation_has_chunks_that_divide_its_own_tokens(config, monkeypatch):
+    """A microbatch of 24 x 16 tokens on 8 devices can have 3 chunks; 8 sequences to validate with cannot."""
+    chunks = []
+    monkeypatch.setattr(validation, "evaluate_step", lambda config, _: chunks.append(config.dispatch.chunks))
+    monkeypatch.setattr(validation, "place_batch", lambda *_: None)
+    config = change(change(config, "dispatch", chunks=3), "evaluation", sequences=8)
+    config = change(config, "training", batch_size=48, microbatch_size=24, initial_batch_size=24)
+    loop.make_validation(config, loop.make_mesh(config.mesh), loop.prepare(config.data))
+    assert chunks == [1]
+
+
 def test_validation_reads_no_more_than_the_split_holds(config, monkeypatch):
     placed = []
     monkeypatch.setattr(validation, "place_batch", lambda rows, shape, mesh: placed.append(shape[0]))

@@ -9,7 +9,14 @@ import small
 
 from dsjax.config import Config, ConfigError, DispatchConfig, MeshConfig, from_dict, load
 from dsjax.planning.collectives import flows, group
-from dsjax.planning.layout import check_batch, dispatch_form, explain, moved_bytes, resolve
+from dsjax.planning.layout import (
+    check_batch,
+    dispatch_form,
+    explain,
+    moved_bytes,
+    resolve,
+    with_fitting_chunks,
+)
 from dsjax.planning.traffic import copies, journey_bytes, message
 
 
@@ -139,6 +146,12 @@ def test_an_open_expert_axis_is_the_size_that_moves_least():
     assert sizes[chosen.mesh.expert] == min(sizes.values())
     assert f"mesh.expert = {chosen.mesh.expert} moves the fewest bytes" in explain(config, chosen)
     assert resolve(chosen, 8) == chosen and explain(chosen, chosen) == ""
+
+
+def test_chunks_fit_batches_other_than_a_microbatch():
+    config = small.config(dispatch=DispatchConfig(chunks=6))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=16))
+    assert [with_fitting_chunks(config, n, 4).dispatch.chunks for n in (4, 12, 24)] == [2, 6, 6]
 
 
 def test_experts_are_not_spread_where_tokens_stay_at_home():

@@ -9,6 +9,10 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from dsjax.model.dispatch import EVERY_ROUND
+from dsjax.numerics import kernels
+
+KERNELS = ("pallas_call", "mpmd_map")
+SPLASH = "splash_mha"  # JAX's attention kernels for TPUs begin so
 
 
 def flops_per_device(program: Jaxpr, devices: int, while_trips: int) -> float:
@@ -46,8 +50,10 @@ def _of_equation(equation: Any, devices: int, while_trips: int) -> float:
         return 2 * equation.outvars[0].aval.size * math.prod(shape[dim] for dim in contracted) / devices
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_flops(equation) / devices
-    if name == "pallas_call" and params["cost_estimate"] is not None:
+    if name in KERNELS and params["cost_estimate"] is not None:
         return params["cost_estimate"].flops / devices
+    if name in KERNELS and params["name"] == kernels.NAME:  # Hopper's, which takes no estimate
+        return kernels.product_flops(equation.invars[0].aval, equation.outvars[0].aval) / devices
     if name == "shard_map":
         devices, while_trips = 1, 0
     inside = [flops_per_device(inner, devices, while_trips) for inner in programs_inside(equation)]
@@ -60,7 +66,10 @@ def _of_equation(equation: Any, devices: int, while_trips: int) -> float:
     if name == "while":
         return (while_trips or EVERY_ROUND in str(equation.source_info.name_stack)) * sum(inside)
     if name == "pallas_call":
-        return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int)) * sum(inside)
+        grid = params["grid_mapping"].grid
+        # A causal mask leaves out the blocks above the diagonal; both of its sides are cut into grid[-1].
+        share = (grid[-1] + 1) / (2 * grid[-1]) if (params["name"] or "").startswith(SPLASH) else 1
+        return share * math.prod(n for n in grid if isinstance(n, int)) * sum(inside)
     return sum(inside)
 
 

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from dsjax.planning import hardware
 
 TILE = 128  # values along the contraction that share a scale; edge of a weight's block; rows of a kernel's tile
+NAME = "scaled_product"  # of every form, where programs are looked through
 _ROWS_TOGETHER = 8  # row tiles that GPU programs running at the same time share, for fewer misses of L2
 # What the rows of b, the columns of the output, must be a multiple of. Hopper's copy engine wants rows of 16 bytes.
 _STEP = {"hopper": 16, "triton": 1, "mosaic": TILE}
@@ -139,6 +140,11 @@ def scaled_weight_gradient(
     return out.reshape(E, -1, columns)[:, :D, :F]
 
 
+def product_flops(a: Any, out: Any) -> int:
+    """What one product multiplies: each value of a once with every column of the output."""
+    return 2 * a.size * out.shape[1]
+
+
 def _product(a, scale_a, b, scale_b, tiles: _Tiles, columns: int, form: str, out_dtype, interpret: bool) -> jax.Array:
     """out [tiles * 128, columns]: tile i of rows, a[a_row:][:128] times the `columns` rows of b from b_row, transposed.
 
@@ -171,6 +177,7 @@ def _hopper_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpr
         grid_names=("tile",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
+        kernel_name=NAME,
         scratch_types=[
             mgpu.SMEM((_STAGES, TILE, TILE), a.dtype, transforms=fp8),
             mgpu.SMEM((_STAGES, TILE, TILE), b.dtype, transforms=fp8),
@@ -256,8 +263,9 @@ def _triton_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpr
         out_specs=pl.BlockSpec((TILE, TILE), lambda p: tile_of_program(p, grid)),
         out_shape=out,
         compiler_params=_TRITON,
+        cost_estimate=_cost(a, b, out),
         interpret=interpret,
-        name="scaled_product",
+        name=NAME,
     )(a, scale_a, b, scale_b, *tiles)
 
 
@@ -314,8 +322,9 @@ def _tpu_product(a, scale_a, b, scale_b, tiles: _Tiles, *, out, grid, interpret)
             scratch_shapes=[tpu.VMEM((TILE, width), jnp.float32)],
         ),
         out_shape=out,
+        cost_estimate=_cost(a, b, out),
         interpret=interpret,
-        name="scaled_product",
+        name=NAME,
     )(*tiles, a, scale_a, b, scale_b)
 
 
@@ -342,6 +351,11 @@ def _tpu_kernel(a_row_ref, b_row_ref, first_ref, last_ref, a_ref, scale_a_ref, b
 
 
 _FORMS = {"hopper": _hopper_product, "triton": _triton_product, "mosaic": _tpu_product}
+
+
+def _cost(a: jax.Array, b: jax.Array, out: Any) -> pl.CostEstimate:
+    moved = a.nbytes + b.nbytes + out.size * out.dtype.itemsize
+    return pl.CostEstimate(flops=product_flops(a, out), bytes_accessed=moved, transcendentals=0)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

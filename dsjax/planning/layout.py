@@ -131,6 +131,16 @@ def with_even_batch(config: Config, devices: int) -> tuple[Config, str]:
     return config, f"planned with {told}, to spread over {devices} devices"
 
 
+def with_fitting_chunks(config: Config, sequences: int, devices: int) -> Config:
+    """`config` for batches of `sequences` other than a microbatch: as many of its chunks as divide a device's tokens.
+
+    Chunks change no number.
+    """
+    tokens = sequences // devices * config.data.sequence_length
+    chunks = math.gcd(config.dispatch.chunks, tokens)
+    return dataclasses.replace(config, dispatch=dataclasses.replace(config.dispatch, chunks=chunks))
+
+
 def has_experts(model: ModelConfig) -> bool:
     """Whether anything is routed."""
     return model.num_moe_layers + model.num_nextn_predict_layers > 0

@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from dsjax.config import Config
+from dsjax.config import Config, ModelConfig
+from dsjax.planning.layout import with_fitting_chunks
 from dsjax.sharding import AXES, REPLICATED
 from dsjax.training.objective import language_model_loss
 from dsjax.training.state import TrainState, build_network, state_shardings
@@ -79,17 +80,17 @@ def _bits(array: jax.Array) -> jax.Array:
     return jnp.sum(lax.bitcast_convert_type(array, word).astype(jnp.uint32), dtype=jnp.uint32)
 
 
+def first_layers(model: ModelConfig) -> ModelConfig:
+    """A few layers of each kind that `model` has, without MTP."""
+    layers = min(LAYERS, model.num_hidden_layers)
+    dense = min(model.first_k_dense_replace, layers - 1 if model.num_moe_layers else layers)
+    return dataclasses.replace(model, num_hidden_layers=layers, first_k_dense_replace=dense, num_nextn_predict_layers=0)
+
+
 def _fixed_loss(config: Config, mesh: Mesh) -> Any:
     """A function that computes the loss of a fixed batch anew, from nothing but the seed."""
-    model = config.model
-    layers = min(LAYERS, model.num_hidden_layers)
-    first = dataclasses.replace(
-        model,
-        num_hidden_layers=layers,
-        first_k_dense_replace=min(model.first_k_dense_replace, layers - 1),
-        num_nextn_predict_layers=0,
-    )
-    config = dataclasses.replace(config, model=first)
+    config = dataclasses.replace(config, model=first_layers(config.model))
+    config = with_fitting_chunks(config, mesh.size, mesh.size)
     net = build_network(config, mesh)
     loss_fn = language_model_loss(net, config)
 
@@ -100,6 +101,6 @@ def _fixed_loss(config: Config, mesh: Mesh) -> Any:
         return loss_fn(params, bias, tokens, {"mtp_loss_weight": jnp.float32(0)})[1]["loss"]
 
     shape = (mesh.size, config.data.sequence_length + 1)
-    rows = np.random.default_rng(config.training.seed).integers(0, model.vocab_size, shape, np.int32)
+    rows = np.random.default_rng(config.training.seed).integers(0, config.model.vocab_size, shape, np.int32)
     tokens = place_batch(lambda indices: rows[list(indices)], shape, mesh)
     return lambda: fixed_loss(jax.random.key(config.training.seed), tokens)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dsjax.config import Config, ConfigError
 from dsjax.data.loader import Loader
 from dsjax.data.prepare import Prepared
+from dsjax.planning.layout import with_fitting_chunks
 from dsjax.training.state import TrainState
 from dsjax.training.step import evaluate_step, place_batch
 
@@ -22,8 +23,8 @@ def make_validation(config: Config, mesh: Mesh, prepared: list[Prepared]) -> Cal
     for. Where the split has fewer rows, all of them are read, and as many twice as fill the last batch.
     """
     loader = Loader(prepared, config.data, seed=0, split="validation")
-    evaluate = evaluate_step(config, mesh)
     size = math.gcd(config.evaluation.sequences, config.training.sequences_per_microbatch)
+    evaluate = evaluate_step(with_fitting_chunks(config, size, mesh.size), mesh)
 
     def place(start: int) -> jax.Array:
         rows = lambda indices: loader.rows([start + index for index in indices])  # noqa: E731
