@@ -14,7 +14,7 @@ import pytest
 from dsjax.config import Config, ConfigError, MonitorConfig
 from dsjax.training.machine import Machine
 from dsjax.training.monitor import Monitor, Step, read_rows
-from dsjax.training.report import draw_quantisation, report
+from dsjax.training.report import draw_quantisation, draw_throughput, report
 from dsjax.training.workdir import EXPERT_LOAD, METRICS, write_config
 
 PNG = b"\x89PNG"
@@ -78,6 +78,14 @@ def test_the_report_can_be_written_elsewhere(tmp_path):
 def test_any_run_can_be_drawn(tmp_path, rows):
     write(tmp_path, rows, loads([1], layers=1))
     assert report(tmp_path).exists()
+
+
+@pytest.mark.parametrize(("second", "has_axis"), [(1.1, True), (2.0, False)])
+def test_an_axis_of_mfu_is_drawn_where_it_is_true_of_every_step(second, has_axis):
+    """After a run has gone on with half of its chips, the same rate is twice the MFU."""
+    rows = [row(1), row(2, mfu=second * 1002 / 5000)]
+    (axes,) = draw_throughput(rows).axes
+    assert bool(axes.child_axes) == has_axis
 
 
 def test_many_layers_and_experts_can_be_drawn(tmp_path):

@@ -25,8 +25,8 @@ def measure_quantisation(config: Config, mesh: Mesh) -> Callable[[TrainState, ja
     """f(state, batch [microbatches, sequences, T + 1], hyperparameters) -> for each class of operand its rates.
 
     Over all Linears and experts: `error`, the RMS of what rounding changes over the RMS of the numbers; `overflow`, the
-    share of numbers that became no finite number; `underflow`, the share of numbers other than 0 that became 0. The
-    classes are numerics.linear.CLASSES.
+    share of numbers that became no finite number, empty rows of experts' buffers among them; `underflow`, the share of
+    numbers other than 0 that became 0. The classes are numerics.linear.CLASSES.
     """
     execution = build_network(config, mesh).execution
     recipe = dataclasses.replace(execution.recipe, measures=True, native=None, accumulation="fp32")

@@ -57,7 +57,8 @@ def read_targets(rows_BT: jax.Array, has_samples: bool) -> Targets:
 def language_model_loss(net: Network, config: Config) -> LossFn:
     """Mean next-token loss + mtp_loss_weight * mean MTP loss + balance losses [V3 eq. 17, 24].
 
-    Where rows hold samples, the means are over the tokens of answers.
+    Where rows hold samples, the means are over the tokens of answers. Several microbatches count by their answers, in
+    MTP's mean too, which a sample's first answers have no part in.
     """
     chunk, execution, has_samples = config.training.loss_chunk_size, net.execution, config.data.is_chat
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SLICES = 6  # moments shown of the expert load
+SAME_CHIPS = 1.2  # peaks further apart are those of other chips; a CPU's is measured anew at each start
 # One colour for each kind of tensor, dashes where it is the operand of the weight gradient.
 QUANTISED = {
     "activation": (BLUE, "-"),
@@ -148,16 +149,16 @@ def draw_learning_rate(rows: Rows, *, has_ramp: bool = True) -> "Figure":
 
 
 def draw_throughput(rows: Rows, title: str = "Throughput") -> "Figure":
-    """Tokens per second over steps, with MFU on the right where it is known."""
+    """Tokens per second over steps, with MFU on the right where one scale serves all: the chips were the same."""
     figure, axes = new_figure(title, "tokens per second")
     steps, rates = series(rows, "tokens_per_second")
     median = statistics.median(rates)
     curve(axes, steps, rates, f"median {magnitude(median)} tokens/s", BLUE)
     axes.set_ylim(0, 1.15 * np.percentile(rates, 99))
     axes.yaxis.set_major_formatter(lambda value, _: magnitude(value))
-    last = next((row for row in reversed(rows) if row.get("mfu") and row.get("tokens_per_second")), None)
-    if last:
-        percent = 100 * last["mfu"] / last["tokens_per_second"]
+    scales = [row["mfu"] / row["tokens_per_second"] for row in rows if row.get("mfu") and row.get("tokens_per_second")]
+    if scales and max(scales) < SAME_CHIPS * min(scales):
+        percent = 100 * statistics.median(scales)
         right = axes.secondary_yaxis("right", functions=(lambda rate: rate * percent, lambda mfu: mfu / percent))
         right.set_ylabel("model FLOPs utilisation (%)")
     axes.legend(frameon=False, loc="lower right")
