@@ -17,7 +17,7 @@ from dsjax.planning.layout import (
     resolve,
     with_fitting_chunks,
 )
-from dsjax.planning.traffic import copies, journey_bytes, message
+from dsjax.planning.traffic import copies, expected_destinations, journey_bytes, message
 
 
 def free(experts: int, choices: int):
@@ -45,6 +45,21 @@ def test_copies_equal_a_count_over_every_choice(experts, choices, ranks):
         assert (sent.slow, sent.total) == pytest.approx(away_by_hand(experts, choices, ranks, node))
         gathered = copies(model, "all_gather", ranks, node, two_level=False)
         assert (gathered.slow, gathered.total) == (ranks // node - 1, ranks - 1)
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "kept", "choices", "ranks"),
+    [(12, 3, 2, 2, 4), (12, 2, 1, 3, 3), (12, 4, 2, 3, 2), (12, 6, 3, 4, 4), (12, 1, 1, 3, 6), (12, 4, 3, 2, 12)],
+)
+def test_ranks_reached_are_those_of_every_choice_in_every_kept_set(experts, groups, kept, choices, ranks):
+    """Also where a rank has parts of groups."""
+    model = dataclasses.replace(free(experts, choices), n_group=groups, topk_group=kept)
+    size, reached = experts // groups, []
+    for best in combinations(range(groups), kept):
+        allowed = [expert for group in best for expert in range(group * size, (group + 1) * size)]
+        for chosen in combinations(allowed, choices):
+            reached.append(len({expert // (experts // ranks) for expert in chosen}))
+    assert expected_destinations(model, ranks) == pytest.approx(sum(reached) / len(reached))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ A token is sent once to each rank that owns one of its experts, however many liv
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsjax.config import ModelConfig
@@ -54,20 +56,32 @@ def expected_destinations(model: ModelConfig, ranks: int) -> float:
     Every kept set of topk_group groups and every choice of experts in it is taken to be equally likely. A token's own
     rank counts like any other. Between 1 and num_experts_per_tok; for V3 on 8 nodes at most 4.
     """
-    experts, choices = model.n_routed_experts, model.num_experts_per_tok
-    per_rank, per_group = experts // ranks, experts // model.n_group
-    kept = model.topk_group * per_group
-    if per_rank <= per_group:
-        missed = _chance_of_none(kept, per_rank, choices)
-        return ranks * model.topk_group / model.n_group * (1 - missed)
-    # A rank owns several groups; so many of them are kept, by the hypergeometric distribution.
-    groups = per_rank // per_group
-    ways = math.comb(model.n_group, model.topk_group)
-    total = 0.0
-    for held in range(max(0, model.topk_group - (model.n_group - groups)), min(groups, model.topk_group) + 1):
-        chance = math.comb(groups, held) * math.comb(model.n_group - groups, model.topk_group - held) / ways
-        total += chance * (1 - _chance_of_none(kept, held * per_group, choices))
-    return ranks * total
+    kept = model.topk_group * (model.n_routed_experts // model.n_group)
+    missed = 0.0
+    for shared, ranks_alike in Counter(_shared_with_groups(model, ranks)).items():
+        untouched = model.n_group - len(shared)
+        for (groups, own), ways in _kept_ways(shared).items():
+            if groups <= model.topk_group <= groups + untouched:
+                ways *= math.comb(untouched, model.topk_group - groups)
+                missed += ranks_alike * ways * _chance_of_none(kept, own, model.num_experts_per_tok)
+    return ranks - missed / math.comb(model.n_group, model.topk_group)
+
+
+def _shared_with_groups(model: ModelConfig, ranks: int) -> Iterator[tuple[int, ...]]:
+    """For each rank how many experts it has of each group that it has any of; groups and ranks need not nest."""
+    per_rank, per_group = model.n_routed_experts // ranks, model.n_routed_experts // model.n_group
+    for rank in range(ranks):
+        counts = Counter(expert // per_group for expert in range(rank * per_rank, (rank + 1) * per_rank))
+        yield tuple(sorted(counts.values()))
+
+
+def _kept_ways(shared: tuple[int, ...]) -> Counter[tuple[int, int]]:
+    """In how many ways so many of a rank's groups are kept, with so many of its experts."""
+    ways = Counter({(0, 0): 1})
+    for experts in shared:
+        for (groups, own), count in list(ways.items()):
+            ways[groups + 1, own + experts] += count
+    return ways
 
 
 @dataclass(frozen=True)
