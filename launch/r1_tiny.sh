@@ -42,5 +42,6 @@ dsjax grpo --config $config:student_rl --workdir "$runs/student_rl"
 
 part "7. accuracy on the same 500 held-out problems: pass@1, and the majority of 4 samples"
 for run in cold_start rl sft rl_final student student_rl; do
-    echo "$run: $(dsjax eval --checkpoint "$runs/$run" --config $config:rl --problems 500 --samples 4 | tr -d '\n')"
+    found=$(dsjax eval --checkpoint "$runs/$run" --config $config:rl --problems 500 --samples 4 | tr -d '\n')
+    echo "$run: $found"
 done

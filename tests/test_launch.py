@@ -110,7 +110,7 @@ def test_simulate_finds_a_config_where_the_caller_stands(sandbox, tmp_path):
     (tmp_path / "mine.py").write_text("")
     ran = run(sandbox, "launch/simulate.sh", "2", "mine.py:form", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert calls(sandbox) == [f"train --config {tmp_path}/mine.py:form --devices 2 --workdir runs/mine-on-2"]
+    assert calls(sandbox) == [f"train --config {tmp_path}/mine.py:form --devices 2 --workdir runs/mine-form-on-2"]
 
 
 def test_simulate_without_arguments_tells_its_usage(sandbox):
@@ -464,6 +464,42 @@ def test_a_failed_installation_is_not_taken_for_done(sandbox):
     shell = ["bash", "-c", ". launch/install.sh plots"]
     assert subprocess.run(shell, cwd=sandbox, env=inherited(), capture_output=True, text=True).returncode == 1
     assert (sandbox / ".venv" / "installed-plots").read_text() == before
+
+
+FAKE_PYTHON = """#!/bin/sh
+# Makes an environment (-m venv DIR), and writes down what it is asked to install.
+case $2 in
+    venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip" ;;
+    pip) echo "$0 in $PWD" >> "$CALLS" ;;
+esac
+"""
+
+
+def test_a_copied_or_moved_checkout_gets_an_environment_of_its_own(sandbox, tmp_path):
+    shutil.rmtree(sandbox / ".venv")
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def install(root: Path, **environment: str) -> list[str]:
+        asked.write_text("")
+        shell = ["bash", "-c", "set -euo pipefail; . launch/install.sh plots"]
+        steers = {"PYTHON": str(python), "CALLS": str(asked), **environment}
+        subprocess.run(shell, cwd=root, env=inherited() | steers, check=True, capture_output=True)
+        return asked.read_text().splitlines()
+
+    assert install(sandbox) == [f"{sandbox}/.venv/bin/python in {sandbox}"]
+    assert install(sandbox) == []
+    copy = tmp_path / "another copy"
+    shutil.copytree(sandbox, copy)
+    assert install(copy) == [f"{copy}/.venv/bin/python in {copy}"]
+    assert install(copy) == install(sandbox) == []
+    (tmp_path / "link").symlink_to(copy)
+    assert install(tmp_path / "link") == []
+    # One environment for both: it runs the code of the one that came last.
+    shared = {"DSJAX_VENV": f"{sandbox}/.venv"}
+    assert install(copy, **shared) == [f"{sandbox}/.venv/bin/python in {copy}"]
+    assert install(sandbox) == [f"{sandbox}/.venv/bin/python in {sandbox}"]
 
 
 def test_unsuitable_python_is_refused_in_a_sentence(sandbox, tmp_path):
