@@ -211,7 +211,10 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """What the cost meter and MFU are computed from; None: from the hardware table, by detected device."""
+    """What the cost meter and MFU are computed from; None: from the hardware table, by detected device.
+
+    A plan is for the chip that it is asked for, and takes the price alone.
+    """
 
     name: str | None = None  # a row of dsjax/planning/hardware.py
     price_per_chip_hour: float | None = None  # US dollars

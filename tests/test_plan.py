@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import small
 
 from dsjax.__main__ import main
 from dsjax.config import Config, ConfigError, TrainingConfig, load
-from dsjax.planning import hardware, pages
+from dsjax.planning import cost, hardware, pages
 from dsjax.planning.collectives import flows
 from dsjax.planning.layout import nearest_batch
 from dsjax.planning.memory import kept_per_layer
@@ -293,15 +294,37 @@ def test_command_draws_the_mesh_and_ends_with_1_where_it_does_not_fit(v3_file, c
         (["--hardware", "h100", "--chips", "8", "--tokens", "-1"], "--tokens is -1.0, but must be above 0"),
         (["--hardware", "h100", "--chips", "7"], "does not fit 7 device(s)"),
         (["--hardware", "h100"], "--chips"),
-        (
-            ["--hardware", "h100", "--chips", "8", "--html", "/nowhere/plan.html"],
-            "/nowhere/plan.html cannot be written",
-        ),
+        # Both before a compilation of minutes.
+        (["--hardware", "h100", "--chips", "8", "--compile", "--html", "/nowhere/a.html"], "/nowhere does not exist"),
+        (["--hardware", "h100", "--chips", "8", "--compile", "--html", "/"], "/ is a directory; name a file"),
+        (["--hardware", "h100", "--chips", "8", "--json", "--show-sharding"], "--json has none; leave one of them out"),
     ],
 )
 def test_mistakes_are_sentences(repository, words, message, capsys):
     assert main(["plan", "--config", str(repository / "configs" / "tiny.py"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.5, "0.5"), (950, "950"), (999.4, "999"), (999.6, "1K"), (999_600, "1M"), (1.23e7, "12.3M"), (2.5e12, "2,500B")],
+)
+def test_numbers_are_told_with_their_letter(value, told):
+    assert pages.number(value) == told
+
+
+def test_small_models_are_told_in_mebibytes(repository):
+    tiny = load(str(repository / "configs" / "tiny.py"))
+    plan = make_plan(tiny, hardware.HARDWARE["H100"], 8, 1e6)
+    assert re.match(r"fits: \d+\.\d+ MiB at the peak .* of 67\.1 GiB", pages.verdict(plan))
+
+
+def test_cost_of_what_cannot_run_says_so(v3_file, capsys):
+    words = ["cost", "--config", v3_file, "--hardware", "h800", "--chips", "64", "--tokens", "1.4e11", "--json"]
+    assert main([*words, "--config.mesh.fsdp=8", "--config.mesh.expert=8"]) == 1
+    ran = capsys.readouterr()
+    assert "WARNING: it does not fit: 377.4 GiB" in ran.err and json.loads(ran.out)
+    assert "0.14T tokens" in cost.as_text([cost.Figure("ours", "tokens", 1.4e11, "tokens", "stated", "")])
 
 
 def test_cost_prices_a_run_of_your_own(repository, capsys):

@@ -63,6 +63,7 @@ def _plan(args: argparse.Namespace, config: Config) -> int:
 
     if args.topology is not None and not args.compile:
         raise ConfigError("--topology is of --compile; give both or neither")
+    _check_output(args)
     chip, tokens = _planned_on(args, config)
     found = search(config, chip, args.chips) if args.search else None
     plan = best_plan(found, chip, args.chips, tokens) if found else make_plan(config, chip, args.chips, tokens)
@@ -85,6 +86,7 @@ def _plan_rl(args: argparse.Namespace, config: Config) -> int:
     for name in ("search", "compile", "topology", "tokens"):
         if getattr(args, name):
             raise ConfigError(f"--{name} is of plans of train steps, and --rl counts other ones; leave one of them out")
+    _check_output(args)
     chip, _ = _planned_on(args, config)
     plan = rl.make_rl_plan(config, chip, args.chips, args.response_length)
     if args.html is not None:
@@ -154,6 +156,16 @@ def _planned_on(args: argparse.Namespace, config: Config) -> tuple[hardware.Hard
     return hardware.get(args.hardware), float(schedule.total_sequences(config.training.total_steps) * length)
 
 
+def _check_output(args: argparse.Namespace) -> None:
+    """Before a plan that may take minutes. Raises ConfigError where it could not be told as asked."""
+    if args.json and args.show_sharding:
+        raise ConfigError("--show-sharding is a picture, and --json has none; leave one of them out")
+    if args.html is not None and not Path(args.html).parent.is_dir():
+        raise ConfigError(f"--html: the directory {Path(args.html).parent} does not exist; create it first")
+    if args.html is not None and Path(args.html).is_dir():
+        raise ConfigError(f"--html: {args.html} is a directory; name a file, as in {args.html}/plan.html")
+
+
 def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
@@ -161,15 +173,21 @@ def _write(path: str, text: str) -> None:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file") from error
 
 
-def _cost(args: argparse.Namespace, config: Config | None) -> None:
+def _cost(args: argparse.Namespace, config: Config | None) -> int:
     from dsjax.planning import cost
 
-    figures = cost.figures()
+    figures, fits = cost.figures(), True
     if config is not None:
+        from dsjax.planning import pages
         from dsjax.planning.plan import make_plan
 
         chip, tokens = _planned_on(args, config)
-        figures = cost.of_plan(make_plan(config, chip, args.chips, tokens))
+        plan = make_plan(config, chip, args.chips, tokens)
+        figures, fits = cost.of_plan(plan), plan.fits
+        for note in (plan.chosen, "" if fits else f"WARNING: it {pages.verdict(plan)}"):
+            if note:
+                print(note, file=sys.stderr)
     elif args.hardware is not None or args.chips is not None or args.tokens is not None:
         raise ConfigError("--hardware, --chips and --tokens price a run of your own; name it with --config")
     print(json.dumps(cost.as_json(figures), indent=2) if args.json else cost.as_text(figures))
+    return 0 if fits else 1

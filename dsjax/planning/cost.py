@@ -212,7 +212,7 @@ def shown(value: float, unit: str) -> str:
             return f"{value:.2e} FLOP"
         return f"{value / 1e9:.1f} GFLOP" if value >= 1e9 else f"{value / 1e6:.1f} MFLOP"
     if unit == "tokens":
-        return f"{value / 1e12:.1f}T tokens" if value >= 1e11 else f"{value:,.0f} tokens"
+        return f"{value / 1e12:.3g}T tokens" if value >= 1e11 else f"{value:,.0f} tokens"
     if unit.endswith("hours") and value >= 1e3:
         return f"{value / 1e3:,.1f}".removesuffix(".0") + f"K {unit}"
     if value < 1:

@@ -64,8 +64,8 @@ def fill(mesh: MeshConfig, config: Config | None, devices: int) -> dict[str, int
     if math.prod(filled.values()) != devices:
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise ConfigError(
-            f"the mesh ({asked}) does not fit {devices} device(s): make config.mesh multiply to that number,"
-            " or simulate more devices on the CPU with --devices N"
+            f"the mesh ({asked}) does not fit {devices} device(s): make config.mesh multiply to that number (-1 leaves"
+            " an axis open), or take more devices: --devices N simulates them on the CPU, --chips N plans with them"
         )
     return filled
 

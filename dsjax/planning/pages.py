@@ -85,11 +85,14 @@ def facts(plan: Plan) -> dict[str, str]:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence."""
-    peak, limit, whole = (size / GiB for size in (plan.memory.peak, plan.limit, plan.limit / USABLE))
-    share = f"{limit:.1f} GiB, {USABLE:.0%} of a device's {whole:.1f}"
-    if plan.fits:
-        return f"fits: {peak:.1f} GiB at the peak ({plan.memory.moment}), of {share}"
-    return f"does not fit: {peak:.1f} GiB at the peak ({plan.memory.moment}) is {peak - limit:.1f} above {share}"
+    peak, limit = plan.memory.peak, plan.limit
+    share = f"{limit / GiB:.1f} GiB, {USABLE:.0%} of a device's {limit / USABLE / GiB:.1f}"
+    needed = f"{memory_told(peak)} at the peak ({plan.memory.moment})"
+    return (
+        f"fits: {needed}, of {share}"
+        if plan.fits
+        else f"does not fit: {needed} is {(peak - limit) / GiB:.1f} above {share}"
+    )
 
 
 def memory_lines(plan: Plan) -> list[str]:
@@ -107,9 +110,9 @@ def knob_lines(found: list[Knob], limit: float, otherwise: str = "combine, or us
         return ["no single change saves memory: take more chips, or a smaller model"]
     best = found[0]
     enough = "which fits" if best.peak <= limit else f"which is still too much: {otherwise}"
-    lines = [f"what helps most is {best.change}: {best.peak / GiB:.1f} GiB, {enough}"]
+    lines = [f"what helps most is {best.change}: {memory_told(best.peak)}, {enough}"]
     for one in found[:SHOWN_KNOBS]:
-        lines.append(f"  {one.change:<38}{one.peak / GiB:>8.1f} GiB{one.step_seconds:>10.1f} s a step")
+        lines.append(f"  {one.change:<38}{memory_told(one.peak):>12}{seconds_told(one.step_seconds):>10} s a step")
     return lines
 
 
@@ -164,7 +167,7 @@ def ranking(found: Found, total_tokens: float) -> str:
     """What a search came to; the overrides of the first ones."""
     lines = [f"{found.tried:,} meshes, microbatches, remat policies and chunks tried; {len(found.ranked):,} fit"]
     if found.least is not None:
-        lines.append(f"the least that any of them needs is {found.least.peak / GiB:.1f} GiB: {found.least.overrides}")
+        lines.append(f"the least that any of them needs is {memory_told(found.least.peak)}: {found.least.overrides}")
     for place, one in enumerate(found.ranked[:SHOWN_CANDIDATES], 1):
         training, mesh = one.config.training, one.config.mesh
         each = training.sequences_per_microbatch // (mesh.data * mesh.fsdp * mesh.expert)
@@ -172,7 +175,7 @@ def ranking(found: Found, total_tokens: float) -> str:
         sizes = " x ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES)
         lines.append(
             f"  {place}. {sizes:<32} {each} sequence(s) a device, remat {training.remat}, {one.config.dispatch.chunks}"
-            f" chunk(s): {one.peak / GiB:.1f} GiB, {one.step_seconds:.3g} s a step, {duration(run)}"
+            f" chunk(s): {memory_told(one.peak)}, {one.step_seconds:.3g} s a step, {duration(run)}"
         )
     if found.ranked:
         lines += ["the first as overrides:", f"  {found.ranked[0].overrides}"]
@@ -286,11 +289,20 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """With a letter where it is large: 950, 12.3K, 2.66M."""
     for letter, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{letter}" if value < 1000 * size else f"{value / size:,.0f}{letter}"
+        if value >= 0.9995 * size:  # which three digits make the next letter's 1
+            return f"{value / size:.3g}{letter}" if value < 999.5 * size else f"{value / size:,.0f}{letter}"
     if 0 < value < 1:
         return f"{value:.2g}"
     return f"{value:.0f}" if value == math.floor(value) or value >= 100 else f"{value:.2f}"
+
+
+def memory_told(size: float) -> str:
+    """Bytes of a whole device: to a tenth of a GiB, where it has one."""
+    return f"{size / GiB:.1f} GiB" if size >= GiB else size_told(size)
+
+
+def seconds_told(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
 
 def size_told(size: float) -> str:
