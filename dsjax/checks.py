@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dsjax.config import (
         Config,
         DataConfig,
-        DivergenceConfig,
         GRPOConfig,
         MeshConfig,
         ModelConfig,
@@ -100,7 +99,6 @@ def problems(config: "Config") -> Iterator[str]:
     yield from _fp8(config)
     yield from _optimizer(config.optimizer)
     yield from _phases(config.training)
-    yield from _divergence(config.divergence)
     yield from _checkpoints(config)
     yield from _grpo(config.grpo)
     yield from _task(config.task)
@@ -362,15 +360,6 @@ def _phases(training: "TrainingConfig") -> Iterator[str]:
         )
     if training.seed >= 2**32:
         yield f"training.seed is {training.seed}, but must be below {2**32}"
-
-
-def _divergence(divergence: "DivergenceConfig") -> Iterator[str]:
-    skipped, window = divergence.max_skipped, divergence.window
-    if divergence.skip_nonfinite and skipped >= window:
-        yield (
-            f"divergence.max_skipped is {skipped}, but of the last divergence.window = {window} steps never more are"
-            " skipped, so that nothing would end the run; make it smaller than the window"
-        )
 
 
 def _checkpoints(config: "Config") -> Iterator[str]:

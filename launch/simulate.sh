@@ -24,6 +24,6 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh plots
 
-name=$(basename "${config%%.py*}")
-form=${config#*.py}
+name=$(basename "${config%.py*}")
+form=${config##*.py}
 exec dsjax train --config "$config" --devices "$devices" --workdir "runs/$name${form/:/-}-on-$devices" "$@"

@@ -183,6 +183,16 @@ def test_the_copy_is_whole_or_not_there(tmp_path, monkeypatch):
     assert sorted(os.listdir(run / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json"]
 
 
+def test_the_copy_has_no_settings_that_the_original_has_not(tmp_path):
+    """With a made up eos_token a chat template would be rendered otherwise than in training."""
+    tokenizer.ByteTokenizer().write(tmp_path)
+    (tmp_path / tokenizer.CONFIG).unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
+    (tmp_path / "run").mkdir()
+    keep_tokenizer(tmp_path / "run", str(tmp_path / "tokenizer.json"))
+    assert sorted(os.listdir(tmp_path / "run" / "tokenizer")) == ["chat_template.jinja", "tokenizer.json"]
+
+
 def test_the_command_takes_both_from_the_config(repository, data, tmp_path, capsys):
     out = tmp_path / "from_config.json"
     code = main(

@@ -68,6 +68,9 @@ def test_too_many_skipped_steps_are_told():
         judge([2.0, None, None, 2.0, None])
     assert told.value.step == 5
     judge([None, None, *[2.0] * 7, None])  # the first is out of sight
+    blind = dataclasses.replace(RULE, window=2)
+    with pytest.raises(Halt, match="2 of the last 2 steps .* all that divergence.window sees"):
+        judge([None, None], rule=blind)
 
 
 def test_what_is_left_out_of_the_data_order():

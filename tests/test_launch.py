@@ -107,10 +107,12 @@ def test_simulate_passes_its_arguments_on(sandbox):
 
 
 def test_simulate_finds_a_config_where_the_caller_stands(sandbox, tmp_path):
-    (tmp_path / "mine.py").write_text("")
-    ran = run(sandbox, "launch/simulate.sh", "2", "mine.py:form", cwd=tmp_path)
+    folder = tmp_path / "my.pytorch"
+    folder.mkdir()
+    (folder / "mine.py").write_text("")
+    ran = run(sandbox, "launch/simulate.sh", "2", "mine.py:form", cwd=folder)
     assert ran.returncode == 0, ran.stderr
-    assert calls(sandbox) == [f"train --config {tmp_path}/mine.py:form --devices 2 --workdir runs/mine-form-on-2"]
+    assert calls(sandbox) == [f"train --config {folder}/mine.py:form --devices 2 --workdir runs/mine-form-on-2"]
 
 
 def test_simulate_without_arguments_tells_its_usage(sandbox):

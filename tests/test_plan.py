@@ -134,6 +134,13 @@ def test_what_fits_says_so_and_what_does_not_names_the_knob(on_v5p, v3_file):
     assert all(one.peak < less.memory.peak for one in found)
 
 
+def test_experts_on_more_ranks_are_a_knob_where_they_were_on_one(repository):
+    lite = load(str(repository / "configs" / "deepseek_v2_lite.py"), ["mesh.data=-1", "mesh.fsdp=1", "mesh.expert=1"])
+    plan = make_plan(lite, hardware.get("h100"), 8, 1e12)
+    assert not plan.fits and plan.config.dispatch.form == "local"
+    assert "mesh.data=1 mesh.expert=8" in [one.change for one in knobs(plan)]
+
+
 def test_a_batch_that_does_not_divide_is_planned_as_the_nearest_that_does(v3_file):
     plan = make_plan(load(v3_file), H800, 2048, 1e12)
     assert (plan.config.training.batch_size, plan.config.training.microbatch_size) == (14336, 2048)

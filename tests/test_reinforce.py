@@ -244,11 +244,18 @@ def test_prompts_are_written_by_the_tokenizer_in_use(config, tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "Engine", stop)
     monkeypatch.setattr(loop, "load_policy", lambda *_: types.SimpleNamespace(params=None, router_bias=None))
+    monkeypatch.setattr(loop, "introduce", lambda *_: None)
     mine = change(config, "data", tokenizer=str(tmp_path / "mine" / "tokenizer.json"))
     with pytest.raises(Seen):
         reinforce(mine, tmp_path / "new")
-    assert seen[-1] == tmp_path / "new" / "tokenizer" / "tokenizer.json"
-    assert find_template(str(seen[-1])).source == "mine"
+    copy = tmp_path / "new" / "tokenizer" / "tokenizer.json"
+    assert copy.read_bytes() == seen[-1].read_bytes() and find_template(str(copy)).source == "mine"
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    (tmp_path / "new" / CHECKPOINTS / "2").mkdir(parents=True)
+    monkeypatch.setattr(loop, "find_start", lambda *_: types.SimpleNamespace(position=loop.Position(2, 8)))
+    with pytest.raises(Seen):
+        reinforce(mine, tmp_path / "new")
+    assert seen[-1] == copy
 
 
 def test_rollouts_that_do_not_meet_the_checkpoint_are_told(config, straight):
@@ -355,18 +362,17 @@ def test_problems_of_which_nothing_is_kept_are_not_drawn_again(config, tmp_path,
         ("grpo", {"top_p": 0.9}, "top_p: 1.0 -> 0.9"),
         ("grpo", {"max_new_tokens": 3}, "max_new_tokens: .* -> 3"),
         (None, "runs/b/rl", "checkpoint: '.*runs/a/rl' -> '.*runs/b/rl'"),
-        (None, 8, "step: 7 -> 8"),
     ],
 )
 def test_what_was_collected_in_another_way_is_not_mixed(config, tmp_path, monkeypatch, section, values, told):
     line = {"messages": [], "problem": 0}
     monkeypatch.setattr(collection, "_accepted", lambda task, config, how: lambda chunk: iter([line]))
-    monkeypatch.setattr(collection, "find_step", lambda run: step)
-    out, step, checkpoint = tmp_path / "set.jsonl", 7, "runs/a/rl"
+    monkeypatch.setattr(collection, "find_step", lambda run: 7)
+    out, checkpoint = tmp_path / "set.jsonl", "runs/a/rl"
     config = change(config, "task", rewards=("accuracy", "format"))
     collect(config, out, 1, checkpoint, tell=quiet)
     if section is None:
-        step, checkpoint = (values, checkpoint) if isinstance(values, int) else (step, values)
+        checkpoint = values
     else:
         config = change(config, section, **values)
     with pytest.raises(ConfigError, match=f"set.jsonl was collected in another way .{told}.; choose another file"):
@@ -374,6 +380,25 @@ def test_what_was_collected_in_another_way_is_not_mixed(config, tmp_path, monkey
     assert read_rows(out) == [line]
     out.unlink()
     assert collect(config, out, 1, checkpoint, tell=quiet).kept == 1, "deleted, as the sentence says"
+
+
+def test_a_set_goes_on_with_the_step_that_it_began_with(config, tmp_path, monkeypatch):
+    """Whatever its model has learnt since; and a complete one needs no model."""
+    steps = []
+
+    def accepted(task, config, how):
+        steps.append(how["step"])
+        return lambda chunk: iter([{"messages": [], "problem": chunk[0][0]}])
+
+    monkeypatch.setattr(collection, "_accepted", accepted)
+    monkeypatch.setattr(collection, "find_step", lambda run: newest.pop())
+    newest, out = [8, 7], tmp_path / "set.jsonl"
+    for problems in (1, 2, 2):
+        collect(config, out, problems, "runs/a/rl", tell=quiet)
+    assert steps == [7, 7] and newest == [8]
+    out.unlink()
+    collect(config, out, 1, "runs/a/rl", tell=quiet)
+    assert steps == [7, 7, 8]
 
 
 def test_a_set_belongs_to_one_process_and_to_us(config, tmp_path):

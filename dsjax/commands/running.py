@@ -111,7 +111,7 @@ def _bench(args: argparse.Namespace, config: Config | None) -> None:
         raise ConfigError("--batch is for --decode; leave it out")
     if args.decode:
         for flag in ("baseline", "steps", "checkpoint", "distributed", "coordinator"):
-            if getattr(args, flag) not in (None, False):
+            if _is_given(getattr(args, flag)):
                 raise ConfigError(f"--{flag} is for a train step, which --decode does not time; leave it out")
         from dsjax.inference.decode_bench import decode_bench
 
@@ -132,9 +132,14 @@ def _bench(args: argparse.Namespace, config: Config | None) -> None:
         print(json.dumps(figures, indent=2))
 
 
+def _is_given(value: object) -> bool:
+    """Also where it is 0, which equals False."""
+    return value is not None and value is not False
+
+
 def _bench_checkpoint(args: argparse.Namespace, config: Config) -> None:
     for flag in ("baseline", "distributed", "coordinator"):
-        if getattr(args, flag) not in (None, False):
+        if _is_given(getattr(args, flag)):
             raise ConfigError(f"--{flag} is not for --checkpoint; leave it out")
     from dsjax.training.checkpoint_bench import checkpoint_bench
 
@@ -143,7 +148,7 @@ def _bench_checkpoint(args: argparse.Namespace, config: Config) -> None:
 
 def _bench_products(args: argparse.Namespace) -> None:
     for flag in ("baseline", "steps", "checkpoint", "decode", "batch", "distributed", "coordinator"):
-        if getattr(args, flag) not in (None, False):
+        if _is_given(getattr(args, flag)):
             raise ConfigError(f"--{flag} is for a model, and --products times products alone; leave it out")
     tokens = None if args.tokens is None else _whole_numbers("--tokens", args.tokens, 16)
     if args.table is not None and not Path(args.table).parent.is_dir():

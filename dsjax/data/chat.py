@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.config import ConfigError
-from dsjax.data.tokenizer import TEMPLATE_FILE, Tokenizer
+from dsjax.data.tokenizer import CONFIG, TEMPLATE_FILE, Tokenizer
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 THINK = "<think>"
@@ -69,7 +69,7 @@ def find_template(tokenizer: str) -> Template | None:
     if not Path(tokenizer).expanduser().is_file():
         return None
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     config = config if isinstance(config, dict) else {}

@@ -25,6 +25,7 @@ EOS_NAMES = (
 )
 NAMES = ("bytes", "deepseek")  # what is not a file of the user's
 FILES = ("tokenizer.json", "tiktoken.model")  # the first that is there is taken
+CONFIG = "tokenizer_config.json"  # beside either
 CODE = "tokenization_*.py"  # beside a tiktoken.model
 TEMPLATE_FILE = "chat_template.jinja"  # beside either, where the model has one
 # What comes before the prefix, before the suffix and before the middle.
@@ -96,7 +97,7 @@ class ByteTokenizer:
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         }
         _write_json(directory / "tokenizer.json", content)
-        _write_json(directory / "tokenizer_config.json", _tokenizer_config(names[0]))
+        _write_json(directory / CONFIG, _tokenizer_config(names[0]))
 
 
 class JsonTokenizer:
@@ -152,7 +153,7 @@ class JsonTokenizer:
 
     def write(self, directory: Path) -> None:
         shutil.copyfile(self._path, directory / "tokenizer.json")
-        beside = self._path.with_name("tokenizer_config.json")
+        beside = self._path.with_name(CONFIG)
         if beside.is_file():
             shutil.copyfile(beside, directory / beside.name)
         else:
@@ -179,7 +180,7 @@ class TiktokenTokenizer:
             # Not by the library, which would keep a copy under the file's name and prefer it to a changed file.
             lines = [line.split() for line in path.read_bytes().splitlines() if line]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-            config = json.loads(path.with_name("tokenizer_config.json").read_text(encoding="utf-8"))
+            config = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
             special = {token["content"]: int(number) for number, token in config["added_tokens_decoder"].items()}
             pattern = _pattern_beside(path)
             self._encoding = tiktoken.Encoding("published", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -208,7 +209,7 @@ class TiktokenTokenizer:
         return self._encoding.decode([int(i) for i in ids if i < self._ranks])
 
     def write(self, directory: Path) -> None:
-        for file in (self._path, self._path.with_name("tokenizer_config.json"), *self._path.parent.glob(CODE)):
+        for file in (self._path, self._path.with_name(CONFIG), *self._path.parent.glob(CODE)):
             shutil.copyfile(file, directory / file.name)
         _copy_template(self._path, directory)
 

@@ -152,7 +152,10 @@ def changes(plan: Plan) -> Iterator[tuple[str, Config]]:
     for factor in (2, 4, 8):
         if mesh.data % factor == 0:
             yield change("mesh", data=mesh.data // factor, fsdp=mesh.fsdp * factor)
-            yield change("mesh", data=mesh.data // factor, expert=mesh.expert * factor)
+            told, spread = change("mesh", data=mesh.data // factor, expert=mesh.expert * factor)
+            # On one rank nothing moved, which is settled by now.
+            dispatch = dataclasses.replace(config.dispatch, form="auto")
+            yield told, spread if mesh.expert > 1 else dataclasses.replace(spread, dispatch=dispatch)
     if config.fp8.working_copy:
         yield change("fp8", working_copy=False)
     if config.training.loss_chunk_size > 512:

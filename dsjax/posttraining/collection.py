@@ -63,7 +63,7 @@ def collect(
         task.worked(task.problem(first))  # a task that has none is told before anything is written
         how["brief"] = brief
     else:
-        how |= _drawn(config, Path(checkpoint))
+        how |= _drawn(config, Path(checkpoint), out)
     with _held(out):
         begun = _begin(out, how)
         done, kept = begun.next - first, begun.kept
@@ -82,11 +82,19 @@ def collect(
     return Collected(done, done * samples, kept)
 
 
-def _drawn(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """What decides which samples are kept: whose they are, how they are drawn and how they are judged."""
+def _drawn(config: Config, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """What decides which samples are kept: whose they are, how they are drawn and how they are judged.
+
+    A set that is there goes on with the step that it began with, and needs no checkpoint once it is complete.
+    """
+    path, told = str(checkpoint.resolve()), _read_progress(out) if out.exists() else None
+    if told is not None and told["how"].get("checkpoint") == path:
+        step = told["how"].get("step")
+    else:
+        step = None if is_published(checkpoint) else find_step(checkpoint)
     return {
-        "checkpoint": str(checkpoint.resolve()),
-        "step": None if is_published(checkpoint) else find_step(checkpoint),
+        "checkpoint": path,
+        "step": step,
         "temperature": config.grpo.temperature,
         "top_p": config.grpo.top_p,
         "max_new_tokens": config.grpo.max_new_tokens,

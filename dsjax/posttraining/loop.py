@@ -44,7 +44,7 @@ from dsjax.training.state import TrainState, abstract_state, build_network
 from dsjax.training.step import make_train_step
 from dsjax.training.summary import DIVERGED, Summary, draw, introduce
 from dsjax.training.watchdog import Watchdog
-from dsjax.training.workdir import CHECKPOINTS, METRICS, claim, find_tokenizer, write_config
+from dsjax.training.workdir import CHECKPOINTS, METRICS, claim, find_tokenizer, has_checkpoint, write_config
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +93,7 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(layout.resolve(config, jax.device_count()).mesh)
         check_fit(config, mesh)
+        tokenizer, text = load_tokenizer(config, workdir)
         task = make_task(config.task, config.training.seed)
         judge = stack.enter_context(make_judge(config.task, task))
         claim(workdir)
@@ -115,8 +116,6 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         stack.enter_context(contextlib.closing(monitor))
         introduce(monitor, config, mesh, workdir, start)
         net = build_network(config, mesh)
-        own = find_tokenizer(workdir, config.data.tokenizer)
-        text = tokenizers.load(own)
         engine = Engine(
             config,
             state.params,
@@ -130,7 +129,7 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
         run = Run(
             config=config,
             task=task,
-            template=find_template(own),
+            template=find_template(tokenizer),
             mesh=mesh,
             schedule=Schedule(config.training, config.optimizer, config.data.sequence_length),
             judge=judge,
@@ -150,7 +149,7 @@ def reinforce(config: Config, workdir: str | Path, allow_change: Sequence[str] =
 
 
 def check_fit(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError unless batches fit the mesh and each other, and tokens the vocabulary."""
+    """Raises ConfigError unless batches fit the mesh and each other."""
     training, grpo = config.training, config.grpo
     if jax.process_count() > 1:
         raise ConfigError("dsjax grpo runs in one process, with all devices that it sees; start one")
@@ -173,12 +172,18 @@ def check_fit(config: Config, mesh: Mesh) -> None:
     ):
         if value is not None:
             raise ConfigError(f"{name} is {value}, but dsjax grpo has no such thing; set it to None")
-    needed = tokenizers.load(config.data.tokenizer).vocab_size
-    if needed > config.model.vocab_size:
+
+
+def load_tokenizer(config: Config, workdir: Path) -> tuple[str, tokenizers.Tokenizer]:
+    """(its name, the tokenizer): the run's own copy where it goes on. Raises ConfigError for one of too many tokens."""
+    name = find_tokenizer(workdir, config.data.tokenizer) if has_checkpoint(workdir) else config.data.tokenizer
+    text = tokenizers.load(name)
+    if text.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"the tokenizer {config.data.tokenizer!r} has {needed} tokens, but model.vocab_size is"
+            f"the tokenizer {name!r} has {text.vocab_size} tokens, but model.vocab_size is"
             f" {config.model.vocab_size}; give the one that the weights were trained with"
         )
+    return name, text
 
 
 def check_rollouts(config: Config, position: Position) -> None:
@@ -390,8 +395,9 @@ def one_step(
     batch, microbatches = as_batch(experience, config, run.mesh)
     schedule = run.schedule.hyperparameters(position.step * config.training.batch_size)
     # No bias_update_speed: loads count rows' empty ends, whose tokens are all alike.
-    settings = {"learning_rate": np.float32(schedule["learning_rate"])}
-    state, metrics = run.train_step(state, batch, np.int32(microbatches), settings)
+    settings = {"learning_rate": schedule["learning_rate"]}
+    values = {name: np.float32(value) for name, value in settings.items()}
+    state, metrics = run.train_step(state, batch, np.int32(microbatches), values)
     position = Position(position.step + 1, position.sequences + len(experience.rows_BT))
     step = Step(position.step, position.sequences, len(experience.rows_BT), settings, metrics | told)
     return state, position, run.monitor.measure(step)

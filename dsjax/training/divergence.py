@@ -51,10 +51,11 @@ class Watch:
         if row.get("update_skipped"):
             self._losses.append(None)
             skipped = sum(one is None for one in self._losses)
-            if skipped > config.max_skipped:
+            if skipped > config.max_skipped or skipped == config.window:
+                allowed = f"divergence.max_skipped = {config.max_skipped}"
                 raise Halt(
-                    f"{skipped} of the last {len(self._losses)} steps had a loss or gradient that is not finite, more"
-                    f" than divergence.max_skipped = {config.max_skipped}",
+                    f"{skipped} of the last {len(self._losses)} steps had a loss or gradient that is not finite,"
+                    f" {f'more than {allowed}' if skipped > config.max_skipped else 'all that divergence.window sees'}",
                     row["step"],
                 )
             return None

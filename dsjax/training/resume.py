@@ -59,6 +59,9 @@ def keep_tokenizer(workdir: Path, name: str, step: int = 0) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         text.write(temporary)
+        if not (Path(name).expanduser().parent / tokenizer.CONFIG).is_file():
+            # Made up, as a published checkpoint needs it; a chat template would be rendered otherwise with it.
+            (temporary / tokenizer.CONFIG).unlink(missing_ok=True)
         if directory.exists():
             shutil.rmtree(directory)
         temporary.rename(directory)
